@@ -1,0 +1,260 @@
+"""What a run leaves behind: lines on the console, a progress bar, figures, `results.json`, `predictions.csv`."""
+
+import csv
+import json
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from mnist_lightning.loader import Minibatch
+from mnist_lightning import plots
+from mnist_lightning.model import CLASSES
+
+
+class IterationProgressBar(RichProgressBar):
+    """Lightning's progress bar, counting iterations where Lightning counts its batches."""
+
+    def __init__(self) -> None:
+        # More refreshes than a person can see would cost a tenth of the training time.
+        super().__init__(refresh_rate=5, theme=RichProgressBarTheme(metrics_format=".4f"))
+
+    @property
+    def total_train_batches(self) -> int:
+        """Iterations in an epoch."""
+        iterations: int = self.trainer.datamodule.iterations_per_epoch
+        return iterations
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance to the number of iterations done in this epoch."""
+        done = trainer.global_step - trainer.current_epoch * self.total_train_batches
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, done - 1)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Loss and accuracy, without Lightning's version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class Report(Callback):
+    """Prints the tutorial's lines, logs what TensorBoard's HParams tab compares, and writes `results.json`.
+
+    Keeps the history of the curves as rows `[iteration, loss, accuracy]`; checkpoints carry it along.
+    """
+
+    def __init__(self) -> None:
+        self.train: list[list[float]] = []
+        self.val: list[list[float]] = []
+        self.tested: list[float] | None = None
+        self._seconds_before = 0.0
+        self._started = 0.0
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds spent in the fit loop, validation included, and in the runs that this one resumes."""
+        return self._seconds_before + (time.perf_counter() - self._started if self._started else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train": self.train, "val": self.val, "train_seconds": self.train_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tested = state_dict["val"][-1] if state_dict["val"] else None
+        # Testing the best checkpoint after a fit must not forget the epochs that came after it.
+        if not self.train:
+            self.train, self.val = state_dict["train"], state_dict["val"]
+            self._seconds_before = state_dict["train_seconds"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.datamodule
+        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+        _print(
+            trainer,
+            f"Training on {data.dataset_name}: {len(data.train[1]):,} images, {len(data.val[1]):,} for validation; "
+            f"{parameters:,} parameters on {pl_module.device}, seed {data.seed}",
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+        settings = {**pl_module.hparams, **trainer.datamodule.hparams}
+        metrics = dict.fromkeys(("val/loss", "val/acc", "test/loss", "test/acc"))
+        for writer in _tensorboards(trainer):
+            for summary in hparams(settings, metrics):
+                writer.file_writer.add_summary(summary)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for iteration, loss, acc in outputs["points"]:
+            self.train.append([iteration, loss, acc])
+            _print(trainer, f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        loss, acc = _metrics(trainer, "val")
+        self.val.append([trainer.global_step, loss, acc])
+        epoch = f"Epoch: {trainer.current_epoch + 1}, v" if trainer.state.fn == TrainerFn.FITTING else "V"
+        _print(trainer, f"{epoch}alidation loss: {loss:.2f}, validation accuracy: {acc:.1%}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seconds_before, self._started = self.train_seconds, 0.0
+        self._write_results(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loss, acc = _metrics(trainer, "test")
+        _print(trainer, f"Test loss: {loss:.2f}, test accuracy: {acc:.1%}")
+        self._write_results(trainer)
+
+    def _write_results(self, trainer: pl.Trainer) -> None:
+        folder = run_directory(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        results: dict[str, Any] = {
+            "dataset": trainer.datamodule.hparams["dataset"],
+            "seed": trainer.datamodule.seed,
+            "iterations": trainer.global_step,
+            "train_seconds": round(self.train_seconds, 3),
+        }
+        # Validation of the same weights as the test.
+        if val := self.tested or (self.val[-1] if self.val else None):
+            results |= {"val/loss": val[1], "val/acc": val[2]}
+        if "test/loss" in trainer.callback_metrics:
+            results |= dict(zip(("test/loss", "test/acc"), _metrics(trainer, "test"), strict=True))
+        results["versions"] = {name: version(name) for name in ("torch", "torchvision", "lightning", "mnist-lightning")}
+        results["versions"]["python"] = platform.python_version()
+        (folder / "results.json").write_text(json.dumps(results, indent=4) + "\n")
+
+
+class Figures(Callback):
+    """Draws the test's figures to TensorBoard and to `figures/*.png`.
+
+    Args:
+        misclassified: Which nine of the misclassified digits to show: the first of the test file (`file_order`), or
+            those that the network was surest of (`confidence`).
+    """
+
+    def __init__(self, misclassified: Literal["file_order", "confidence"] = "file_order") -> None:
+        self.misclassified = misclassified
+        self._images: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Minibatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._images.append(batch[0])
+        self._labels.append(batch[1])
+        self._logits.append(outputs)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        images, labels, logits = (torch.cat(t).cpu().float() for t in (self._images, self._labels, self._logits))
+        labels = labels.long()
+        self._images, self._labels, self._logits = [], [], []
+        confidences, predictions = logits.softmax(dim=1).max(dim=1)
+        correct = (predictions == labels).nonzero().squeeze(1)
+        mistakes = (predictions != labels).nonzero().squeeze(1)
+        if self.misclassified == "confidence":
+            mistakes = mistakes[confidences[mistakes].argsort(descending=True, stable=True)]
+
+        def digits(which: Tensor, heading: str) -> Figure:
+            which = which[:9]
+            titles = [f"True: {labels[i]}, Pred: {predictions[i]}" for i in which]
+            return plots.digit_grid(images[which], titles, heading)
+
+        data = trainer.datamodule.dataset_name
+        counts = multiclass_confusion_matrix(predictions, labels, num_classes=CLASSES)
+        order = {"file_order": "first in the file", "confidence": "surest"}[self.misclassified]
+        figures = {
+            "correct": digits(correct, f"{data}: {len(correct):,} correct test digits, first in the file"),
+            "misclassified": digits(mistakes, f"{data}: {len(mistakes):,} misclassified test digits, {order}"),
+            "confusion_matrix": plots.confusion_matrix(counts, f"{data}: confusion matrix of {len(labels):,} test digits"),
+        }
+        report = next((callback for callback in trainer.callbacks if isinstance(callback, Report)), None)
+        if report and report.train:
+            train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (report.train, report.val))
+            figures["training_curves"] = plots.training_curves(train, val, f"{data}: training curves")
+        self._show(trainer, figures)
+
+    @staticmethod
+    def _show(trainer: pl.Trainer, figures: dict[str, Figure]) -> None:
+        folder = run_directory(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
+            for writer in _tensorboards(trainer):
+                writer.add_figure(f"figures/{name}", figure, trainer.global_step)
+
+
+class PredictionWriter(Callback):
+    """Writes `predictions.csv`: for each image its number, the digit read, and that digit's probability."""
+
+    def __init__(self) -> None:
+        self._probabilities: list[Tensor] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Minibatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._probabilities.append(outputs)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = run_directory(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        probabilities, digits = torch.cat(self._probabilities).max(dim=1)
+        self._probabilities = []
+        with (folder / "predictions.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "digit", "probability"])
+            for image, (digit, probability) in enumerate(zip(digits.tolist(), probabilities.tolist(), strict=True)):
+                writer.writerow([image, digit, f"{probability:.4f}"])
+        print(f"Predicted {len(digits):,} digits")
+
+
+def run_directory(trainer: pl.Trainer) -> Path | None:
+    """The run's directory, or None where the run keeps nothing, as with `fast_dev_run`. Call it on every rank."""
+    directory = trainer.log_dir
+    return Path(directory) if directory else None
+
+
+def _tensorboards(trainer: pl.Trainer) -> Iterator[Any]:
+    return (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+
+
+def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float]:
+    # Six digits: more would show the rounding of the float32 mean.
+    return tuple(round(trainer.callback_metrics[f"{split}/{name}"].item(), 6) for name in ("loss", "acc"))
+
+
+def _print(trainer: pl.Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        print(line, flush=True)

@@ -1,0 +1,107 @@
+"""How the network learns: loss, optimizer, and the training, validation, test and predict steps."""
+
+import math
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnist_lightning.loader import Minibatch
+from mnist_lightning.model import PIXELS, MLP
+
+
+class MNISTClassifier(pl.LightningModule):
+    """An `MLP` trained with the mean softmax cross-entropy and Adam (betas 0.9 and 0.999, eps 1e-8).
+
+    Metrics: `train/loss`, `train/acc` every `Trainer(log_every_n_steps)` iterations, `val/*` and `test/*` over the whole
+    split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is iterations.
+
+    Args:
+        hidden_dim: Number of hidden ReLU units, at least 1.
+        learning_rate: Adam's step size, above 0.
+        init_std: Standard deviation of the initial weights before they are cut at two of it, above 0.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    def __init__(self, hidden_dim: int = 200, learning_rate: float = 0.001, init_std: float = 0.01) -> None:
+        super().__init__()
+        if hidden_dim < 1:
+            raise ValueError(f"hidden_dim must be at least 1, not {hidden_dim}")
+        for name, value in {"learning_rate": learning_rate, "init_std": init_std}.items():
+            if not (0 < value < math.inf):
+                raise ValueError(f"{name} must be a finite number above 0, not {value}")
+        self.save_hyperparameters()
+        self.learning_rate = learning_rate
+        self.mlp = MLP(hidden_dim, init_std)
+        self.example_input_array = torch.zeros(1, PIXELS)
+        # A Lightning batch is a list of minibatches here: `training_step` runs an optimizer step for each.
+        self.automatic_optimization = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map pixels, (B, 784) floats in [0, 1], to logits, (B, 10)."""
+        logits: Tensor = self.mlp(images)
+        return logits
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, all parameters in one kernel."""
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
+
+    def training_step(self, batch: list[Minibatch], batch_idx: int) -> dict[str, list[tuple[int, float, float]]]:
+        """Run one iteration for each minibatch: `(images, labels)` of shapes (B, 784) and (B,).
+
+        Returns:
+            `points`: iteration, loss and accuracy of those iterations that `log_every_n_steps` asks for.
+        """
+        trainer, optimizer = self.trainer, self.optimizers()
+        if trainer.max_steps >= 0:
+            batch = batch[: trainer.max_steps - self.global_step]
+        measured = {}
+        for images, labels in batch:
+            logits = self(images)
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            # Autocast keeps the weights it has cast until the whole `training_step` ends.
+            torch.clear_autocast_cache()
+            if trainer.log_every_n_steps and self.global_step % trainer.log_every_n_steps == 0:
+                measured[self.global_step] = torch.stack([loss.detach(), _accuracy(logits, labels)])
+        # Lightning adds 1 per batch; without the others, `log_every_n_steps` would count batches, not iterations.
+        trainer.fit_loop.epoch_loop._batches_that_stepped += len(batch) - 1
+
+        points = [(iteration, *values.tolist()) for iteration, values in measured.items()]
+        for iteration, loss, acc in points:
+            curves = {"train/loss": loss, "train/acc": acc}
+            for logger in self.loggers:
+                logger.log_metrics(curves, step=iteration)
+        if points:
+            self.log_dict(curves, logger=False, prog_bar=True)
+        return {"points": points}
+
+    def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
+        """Measure a minibatch of the validation split: images (B, 784), labels (B,)."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
+        """Measure a minibatch of the test split, images (B, 784) and labels (B,); return its logits, (B, 10)."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
+        """Return the probabilities, (B, 10), of a minibatch's images; its labels are not used."""
+        return self(batch[0]).softmax(dim=1)
+
+    def _evaluate(self, batch: Minibatch, split: str) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        metrics = {f"{split}/loss": F.cross_entropy(logits, labels), f"{split}/acc": _accuracy(logits, labels)}
+        # Lightning takes the x-axis from a metric of the name `step`; else it would count batches.
+        metrics["step"] = torch.tensor(float(self.trainer.global_step))
+        self.log_dict(metrics, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
+        return logits
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) == labels).float().mean()

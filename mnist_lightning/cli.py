@@ -1,0 +1,248 @@
+"""The command line: Lightning's own CLI with this project's defaults, and errors as one clear line."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mnist_lightning import plots
+from mnist_lightning.callbacks import Figures, IterationProgressBar, PredictionWriter, Report, run_directory
+from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning.datamodule import DataError, MNISTDataModule
+from mnist_lightning.model import CLASSES
+
+RUNS = "lightning_logs"
+
+
+class UsageError(Exception):
+    """The command or the config is wrong; the message names the setting and what to do."""
+
+
+class Parser(LightningArgumentParser):
+    """Raises errors instead of printing them below the usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise `message` as a `UsageError`."""
+        raise UsageError(message) from ex
+
+
+class CLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict`."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            MNISTClassifier,
+            MNISTDataModule,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_epochs": 10,
+                "log_every_n_steps": 100,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": "mnist_lightning",
+                "description": "Train a two-layer network to read handwritten digits.",
+                "epilog": "`data` gets and verifies the data without training; see `data --help`.",
+            },
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Trainer methods, and those of their arguments that are not for the command line."""
+        ours = {"weights_only", "verbose", "return_predictions"}
+        return {name: skipped | ours for name, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add this project's own settings."""
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        parser.add_lightning_class_args(Figures, "figures")
+        parser.add_argument(
+            "--test_after_fit",
+            type=Literal["best", "last", False],
+            default="best",
+            help="Weights that `fit` tests at its end: of the `best` epoch in validation, the `last`, or none (`false`)",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Resolve `best` and `last` here: Lightning would look for them in the new run's empty directory."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path:
+            config.ckpt_path = str(_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir or ".")))
+
+    def instantiate_classes(self) -> None:
+        """Settings out of range are the user's errors."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UsageError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the logger, the checkpoints, the progress bar and the report, where the user has not chosen otherwise."""
+        config = self.config_init[self.subcommand].trainer
+        fitting = self.subcommand == "fit"
+        for name, instead in {
+            "gradient_clip_val": "a smaller model.learning_rate",
+            "accumulate_grad_batches": "a larger data.batch_size",
+        }.items():
+            if config[name] not in (None, 0, 1) or (name == "gradient_clip_val" and config[name]):
+                raise UsageError(f"trainer.{name} does not work with several optimizer steps a call; use {instead}")
+        if config.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(
+                config.default_root_dir or ".",
+                name=RUNS,
+                version=_resumed_run(self.config.fit.ckpt_path) if fitting else None,
+                log_graph=True,
+                default_hp_metric=False,
+            )
+        callbacks = [Report(), PredictionWriter()]
+        if config.enable_progress_bar is not False and sys.stdout.isatty():
+            callbacks.append(IterationProgressBar())
+        else:
+            kwargs["enable_progress_bar"] = False
+        if fitting and config.enable_checkpointing is not False:
+            callbacks.append(
+                ModelCheckpoint(
+                    filename="best", monitor="val/acc", mode="max", save_last=True, enable_version_counter=False
+                )
+            )
+        kwargs["callbacks"] = [*(config.callbacks or []), *callbacks]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, then test."""
+        trainer = self.trainer
+        trainer.fit(**kwargs, weights_only=True)
+        which = self.config.fit.test_after_fit
+        if which:
+            checkpoint = trainer.checkpoint_callback
+            best = checkpoint.best_model_path if which == "best" and isinstance(checkpoint, ModelCheckpoint) else None
+            # The hyperparameters and the graph are logged already.
+            trainer.enable_autolog_hparams = False
+            trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
+        self._say_where()
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure the validation split."""
+        self.trainer.validate(**kwargs, verbose=False, weights_only=True)
+        self._say_where()
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure the test split and draw the figures."""
+        self.trainer.test(**kwargs, verbose=False, weights_only=True)
+        self._say_where()
+
+    def predict(self, **kwargs: Any) -> None:
+        """Read the test split's digits."""
+        self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
+        self._say_where()
+
+    def _say_where(self) -> None:
+        directory = run_directory(self.trainer)
+        if directory is None or not self.trainer.is_global_zero:
+            return
+        if directory.is_relative_to(Path.cwd()):
+            directory = directory.relative_to(Path.cwd())
+        print(f"Run: {directory}")
+        if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
+            print(f"Look at it: tensorboard --logdir {directory.parent}")
+
+
+def _seed(value: bool | int) -> int:
+    if isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ValueError("seed_everything must be a whole number from 0 to 4294967295")
+    return value
+
+
+def _checkpoint(name: str, root: Path) -> Path:
+    if name not in ("best", "last"):
+        if not Path(name).is_file():
+            raise UsageError(f"ckpt_path: there is no checkpoint {name}")
+        return Path(name)
+    runs = (root / RUNS).glob(f"version_*/checkpoints/{name}.ckpt")
+    numbered = {int(path.parts[-3].removeprefix("version_")): path for path in runs}
+    if not numbered:
+        raise UsageError(f"ckpt_path: there is no {name}.ckpt of any run in {root / RUNS} yet; train one with `fit`")
+    return numbered[max(numbered)]
+
+
+def _data(arguments: list[str]) -> None:
+    """The `data` command: get and verify the data, and print what the tutorial prints of them."""
+    parser = Parser(prog="mnist_lightning data", description="Get and verify the data without training.")
+    parser.add_lightning_class_args(MNISTDataModule, "data")
+    parser.add_argument("--figure", type=str, default="digits.png", help="PNG file for a figure of training digits")
+    config = parser.parse_args(arguments)
+    try:
+        data = parser.instantiate_classes(config).data
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    data.prepare_data()
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    print(f"Dataset: {data.dataset_name}")
+    for name, (images, labels) in {"Training": data.train, "Validation": data.val, "Test": data.test}.items():
+        print(f"{name}: {len(labels):,} digits, images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+    print("First five validation labels, one-hot:")
+    for label, row in zip(data.val[1][:5], F.one_hot(data.val[1][:5], CLASSES), strict=True):
+        print(f"  {label}: {' '.join(map(str, row.tolist()))}")
+    images, labels = data.train[0][:9], data.train[1][:9]
+    plots.digit_grid(images, [f"True: {label}" for label in labels], f"{data.dataset_name}: training digits").savefig(
+        config.figure, dpi=120
+    )
+    print(f"Figure: {config.figure}")
+
+
+def _resumed_run(checkpoint: str | None) -> str | None:
+    """The `version_N` of a run's checkpoint: a resumed run goes on in its directory."""
+    parts = Path(checkpoint or "").resolve().parts[-4:-1]
+    return parts[1] if len(parts) == 3 and parts[0] == RUNS and parts[2] == "checkpoints" else None
+
+
+def main() -> int:
+    """Run the command line; return 0 when done, 1 when the job failed, 2 when the command or config was wrong."""
+    _silence_what_no_user_can_act_on()
+    try:
+        if sys.argv[1:2] == ["data"]:
+            _data(sys.argv[2:])
+        else:
+            CLI()
+        return 0
+    except (UsageError, MisconfigurationException) as error:
+        return _fail(error, 2)
+    except Exception as error:
+        return _fail(error, 1)
+
+
+def _silence_what_no_user_can_act_on() -> None:
+    # Lightning announces itself and its products on INFO; its warnings stay.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*`torch.jit.trace",  # TensorBoard's graph, inside PyTorch
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
+        r"The number of training batches .* is smaller than the logging interval",  # counts lists of minibatches
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _fail(error: Exception, code: int) -> int:
+    if os.environ.get("MNIST_LIGHTNING_DEBUG") == "1":
+        raise error
+    print(f"mnist_lightning: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return code

@@ -1,0 +1,33 @@
+"""The network: 784 pixels -> hidden ReLU units -> 10 logits. Plain PyTorch."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PIXELS = 28 * 28
+CLASSES = 10
+
+
+class MLP(nn.Module):
+    """A perceptron with one hidden layer.
+
+    Weights come from a normal distribution cut at two standard deviations, which is what TensorFlow calls truncated
+    normal; biases start at 0.
+
+    Args:
+        hidden_dim: Number of hidden ReLU units, at least 1. With 200 the network has 159,010 parameters.
+        init_std: Standard deviation of the normal distribution before it is cut, above 0.
+    """
+
+    def __init__(self, hidden_dim: int = 200, init_std: float = 0.01) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(PIXELS, hidden_dim)
+        self.output = nn.Linear(hidden_dim, CLASSES)
+        for layer in (self.hidden, self.output):
+            # Without bounds, PyTorch cuts at -2 and 2 whatever the standard deviation is.
+            nn.init.trunc_normal_(layer.weight, std=init_std, a=-2 * init_std, b=2 * init_std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map pixels, (B, 784) floats in [0, 1], to logits, (B, 10)."""
+        logits: Tensor = self.output(F.relu(self.hidden(images)))
+        return logits

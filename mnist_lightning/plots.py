@@ -1,0 +1,81 @@
+"""Figures: tensors in, `matplotlib.figure.Figure` out."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mnist_lightning.model import CLASSES
+
+TRAIN_COLOR, VAL_COLOR = "#4878a8", "#d1602a"
+
+
+def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
+    """Draw up to nine digits in a 3x3 grid.
+
+    Args:
+        images: (N, 784) pixels in [0, 1]; the first nine are drawn, and a grid of fewer stays partly empty.
+        titles: A title for each image.
+        heading: Title of the whole figure.
+    """
+    figure = Figure(figsize=(5, 5.4), layout="constrained")
+    figure.suptitle(heading)
+    for index, axes in enumerate(figure.subplots(3, 3).flat):
+        axes.axis("off")
+        if index < min(len(images), 9):
+            axes.imshow(images[index].reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)
+            axes.set_title(titles[index], fontsize=10)
+    if len(images) == 0:
+        figure.text(0.5, 0.5, "none", ha="center", va="center", color="gray", fontsize=16)
+    return figure
+
+
+def confusion_matrix(counts: Tensor, heading: str) -> Figure:
+    """Draw a confusion matrix.
+
+    Args:
+        counts: (10, 10) numbers of digits, a row for each true digit, a column for each predicted one.
+        heading: Title of the figure.
+    """
+    figure = Figure(figsize=(6.4, 6.2), layout="constrained")
+    axes = figure.subplots()
+    # Coloured by the share of the row's mistakes: on the counts themselves the diagonal would drown everything else.
+    mistakes = counts.float().fill_diagonal_(0)
+    axes.imshow(mistakes / mistakes.max().clamp(min=1), cmap="Reds", vmin=0, vmax=1.4)
+    for true in range(CLASSES):
+        for predicted in range(CLASSES):
+            count = int(counts[true, predicted])
+            axes.text(
+                predicted,
+                true,
+                f"{count}" if count else "·",
+                ha="center",
+                va="center",
+                color="black" if count else "lightgray",
+                weight="bold" if true == predicted else "normal",
+                fontsize=9,
+            )
+    axes.set(title=heading, xlabel="predicted", ylabel="true", xticks=range(CLASSES), yticks=range(CLASSES))
+    axes.tick_params(length=0)
+    return figure
+
+
+def training_curves(train: Tensor, val: Tensor, heading: str) -> Figure:
+    """Draw loss and accuracy over iterations.
+
+    Args:
+        train: (T, 3) rows of iteration, loss and accuracy (0 to 1) of single minibatches.
+        val: (V, 3) rows of the same over the validation split.
+        heading: Title of the whole figure.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle(heading)
+    for axes, column, name in zip(figure.subplots(1, 2), (1, 2), ("loss", "accuracy"), strict=True):
+        scale = 100 if name == "accuracy" else 1
+        axes.plot(train[:, 0], train[:, column] * scale, color=TRAIN_COLOR, alpha=0.7, lw=1, label="training minibatch")
+        axes.plot(val[:, 0], val[:, column] * scale, color=VAL_COLOR, marker="o", ms=4, label="validation")
+        axes.set(xlabel="iteration", ylabel="loss (nats)" if name == "loss" else "accuracy (%)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper right" if name == "loss" else "lower right")
+    return figure
