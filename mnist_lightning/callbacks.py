@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from mnist_lightning.loader import Minibatch
 from mnist_lightning import plots
+from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.loader import Minibatch
 from mnist_lightning.model import CLASSES
 
 
@@ -35,8 +36,7 @@ class IterationProgressBar(RichProgressBar):
     @property
     def total_train_batches(self) -> int:
         """Iterations in an epoch."""
-        iterations: int = self.trainer.datamodule.iterations_per_epoch
-        return iterations
+        return _data(self.trainer).iterations_per_epoch
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,7 +81,7 @@ class Report(Callback):
             self._seconds_before = state_dict["train_seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.datamodule
+        data = _data(trainer)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         _print(
             trainer,
@@ -91,7 +91,7 @@ class Report(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
-        settings = {**pl_module.hparams, **trainer.datamodule.hparams}
+        settings = {**pl_module.hparams, **_data(trainer).hparams}
         metrics = dict.fromkeys(("val/loss", "val/acc", "test/loss", "test/acc"))
         for writer in _tensorboards(trainer):
             for summary in hparams(settings, metrics):
@@ -126,8 +126,8 @@ class Report(Callback):
         if folder is None or not trainer.is_global_zero:
             return
         results: dict[str, Any] = {
-            "dataset": trainer.datamodule.hparams["dataset"],
-            "seed": trainer.datamodule.seed,
+            "dataset": _data(trainer).hparams["dataset"],
+            "seed": _data(trainer).seed,
             "iterations": trainer.global_step,
             "train_seconds": round(self.train_seconds, 3),
         }
@@ -183,15 +183,18 @@ class Figures(Callback):
             titles = [f"True: {labels[i]}, Pred: {predictions[i]}" for i in which]
             return plots.digit_grid(images[which], titles, heading)
 
-        data = trainer.datamodule.dataset_name
+        data = _data(trainer).dataset_name
         counts = multiclass_confusion_matrix(predictions, labels, num_classes=CLASSES)
         order = {"file_order": "first in the file", "confidence": "surest"}[self.misclassified]
         figures = {
             "correct": digits(correct, f"{data}: {len(correct):,} correct test digits, first in the file"),
             "misclassified": digits(mistakes, f"{data}: {len(mistakes):,} misclassified test digits, {order}"),
-            "confusion_matrix": plots.confusion_matrix(counts, f"{data}: confusion matrix of {len(labels):,} test digits"),
+            "confusion_matrix": plots.confusion_matrix(
+                counts, f"{data}: confusion matrix of {len(labels):,} test digits"
+            ),
         }
-        report = next((callback for callback in trainer.callbacks if isinstance(callback, Report)), None)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        report = next((callback for callback in callbacks if isinstance(callback, Report)), None)
         if report and report.train:
             train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (report.train, report.val))
             figures["training_curves"] = plots.training_curves(train, val, f"{data}: training curves")
@@ -246,13 +249,19 @@ def run_directory(trainer: pl.Trainer) -> Path | None:
     return Path(directory) if directory else None
 
 
+def _data(trainer: pl.Trainer) -> MNISTDataModule:
+    data: MNISTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return data
+
+
 def _tensorboards(trainer: pl.Trainer) -> Iterator[Any]:
     return (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
 
 
 def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float]:
     # Six digits: more would show the rounding of the float32 mean.
-    return tuple(round(trainer.callback_metrics[f"{split}/{name}"].item(), 6) for name in ("loss", "acc"))
+    loss, acc = (round(trainer.callback_metrics[f"{split}/{name}"].item(), 6) for name in ("loss", "acc"))
+    return loss, acc
 
 
 def _print(trainer: pl.Trainer, line: str) -> None:

@@ -5,16 +5,17 @@ import math
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from mnist_lightning.loader import Minibatch
-from mnist_lightning.model import PIXELS, MLP
+from mnist_lightning.model import MLP, PIXELS
 
 
 class MNISTClassifier(pl.LightningModule):
     """An `MLP` trained with the mean softmax cross-entropy and Adam (betas 0.9 and 0.999, eps 1e-8).
 
-    Metrics: `train/loss`, `train/acc` every `Trainer(log_every_n_steps)` iterations, `val/*` and `test/*` over the whole
+    Metrics: `train/loss`, `train/acc` every `Trainer(log_every_n_steps)` iterations; `val/*`, `test/*` over the whole
     split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is iterations.
 
     Args:
@@ -56,6 +57,8 @@ class MNISTClassifier(pl.LightningModule):
             `points`: iteration, loss and accuracy of those iterations that `log_every_n_steps` asks for.
         """
         trainer, optimizer = self.trainer, self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.max_steps >= 0:
             batch = batch[: trainer.max_steps - self.global_step]
         measured = {}
@@ -67,7 +70,7 @@ class MNISTClassifier(pl.LightningModule):
             optimizer.step()
             # Autocast keeps the weights it has cast until the whole `training_step` ends.
             torch.clear_autocast_cache()
-            if trainer.log_every_n_steps and self.global_step % trainer.log_every_n_steps == 0:
+            if log_every and self.global_step % log_every == 0:
                 measured[self.global_step] = torch.stack([loss.detach(), _accuracy(logits, labels)])
         # Lightning adds 1 per batch; without the others, `log_every_n_steps` would count batches, not iterations.
         trainer.fit_loop.epoch_loop._batches_that_stepped += len(batch) - 1
@@ -75,8 +78,7 @@ class MNISTClassifier(pl.LightningModule):
         points = [(iteration, *values.tolist()) for iteration, values in measured.items()]
         for iteration, loss, acc in points:
             curves = {"train/loss": loss, "train/acc": acc}
-            for logger in self.loggers:
-                logger.log_metrics(curves, step=iteration)
+            self._draw(curves, iteration)
         if points:
             self.log_dict(curves, logger=False, prog_bar=True)
         return {"points": points}
@@ -85,22 +87,39 @@ class MNISTClassifier(pl.LightningModule):
         """Measure a minibatch of the validation split: images (B, 784), labels (B,)."""
         self._evaluate(batch, "val")
 
+    def on_validation_end(self) -> None:
+        """Log the split's metrics."""
+        if not self.trainer.sanity_checking:
+            self._draw_split("val")
+
     def test_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Measure a minibatch of the test split, images (B, 784) and labels (B,); return its logits, (B, 10)."""
         return self._evaluate(batch, "test")
 
+    def on_test_end(self) -> None:
+        """Log the split's metrics."""
+        self._draw_split("test")
+
     def predict_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Return the probabilities, (B, 10), of a minibatch's images; its labels are not used."""
-        return self(batch[0]).softmax(dim=1)
+        probabilities: Tensor = self(batch[0]).softmax(dim=1)
+        return probabilities
 
     def _evaluate(self, batch: Minibatch, split: str) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        logits: Tensor = self(images)
         metrics = {f"{split}/loss": F.cross_entropy(logits, labels), f"{split}/acc": _accuracy(logits, labels)}
-        # Lightning takes the x-axis from a metric of the name `step`; else it would count batches.
-        metrics["step"] = torch.tensor(float(self.trainer.global_step))
-        self.log_dict(metrics, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
+        self.log_dict(metrics, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True, logger=False)
         return logits
+
+    def _draw_split(self, split: str) -> None:
+        metrics = self.trainer.callback_metrics
+        self._draw({name: value.item() for name, value in metrics.items() if name.startswith(split)}, self.global_step)
+
+    def _draw(self, curves: dict[str, float], iteration: int) -> None:
+        # Through `self.log`, Lightning would count its batches on the x-axis, not iterations.
+        for logger in self.loggers:
+            logger.log_metrics(curves, step=iteration)
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

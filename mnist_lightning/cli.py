@@ -2,22 +2,23 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mnist_lightning import plots
 from mnist_lightning.callbacks import Figures, IterationProgressBar, PredictionWriter, Report, run_directory
 from mnist_lightning.classifier import MNISTClassifier
-from mnist_lightning.datamodule import DataError, MNISTDataModule
+from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.model import CLASSES
 
 RUNS = "lightning_logs"
@@ -31,8 +32,8 @@ class Parser(LightningArgumentParser):
     """Raises errors instead of printing them below the usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise `message` as a `UsageError`."""
-        raise UsageError(message) from ex
+        """Raise `message`, with types as people write them, as a `UsageError`."""
+        raise UsageError(re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)) from ex
 
 
 class CLI(LightningCLI):
@@ -70,19 +71,25 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add this project's own settings."""
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        parser.link_arguments("seed_everything", "data.seed")
         parser.add_lightning_class_args(Figures, "figures")
         parser.add_argument(
-            "--test_after_fit",
-            type=Literal["best", "last", False],
+            "--test_after_fit", type=bool, default=True, help="Whether `fit` tests at its end and draws the figures"
+        )
+        parser.add_argument(
+            "--test_weights",
+            type=Literal["best", "last"],
             default="best",
-            help="Weights that `fit` tests at its end: of the `best` epoch in validation, the `last`, or none (`false`)",
+            help="Weights that `fit` tests: those of the best validation accuracy, or the last",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Resolve `best` and `last` here: Lightning would look for them in the new run's empty directory."""
+        """Check the seed, and resolve `best` and `last`, which Lightning would look for in the new run's directory."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        seed = config.seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise UsageError(f"seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}")
         if config.ckpt_path:
             config.ckpt_path = str(_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir or ".")))
 
@@ -97,11 +104,11 @@ class CLI(LightningCLI):
         """Add the logger, the checkpoints, the progress bar and the report, where the user has not chosen otherwise."""
         config = self.config_init[self.subcommand].trainer
         fitting = self.subcommand == "fit"
-        for name, instead in {
-            "gradient_clip_val": "a smaller model.learning_rate",
-            "accumulate_grad_batches": "a larger data.batch_size",
-        }.items():
-            if config[name] not in (None, 0, 1) or (name == "gradient_clip_val" and config[name]):
+        for name, unset, instead in (
+            ("gradient_clip_val", None, "a smaller model.learning_rate"),
+            ("accumulate_grad_batches", 1, "a larger data.batch_size"),
+        ):
+            if config[name] not in (unset, 0):
                 raise UsageError(f"trainer.{name} does not work with several optimizer steps a call; use {instead}")
         if config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(
@@ -116,7 +123,7 @@ class CLI(LightningCLI):
             callbacks.append(IterationProgressBar())
         else:
             kwargs["enable_progress_bar"] = False
-        if fitting and config.enable_checkpointing is not False:
+        if fitting and config.enable_checkpointing is not False and not config.fast_dev_run:
             callbacks.append(
                 ModelCheckpoint(
                     filename="best", monitor="val/acc", mode="max", save_last=True, enable_version_counter=False
@@ -129,13 +136,15 @@ class CLI(LightningCLI):
         """Train, then test."""
         trainer = self.trainer
         trainer.fit(**kwargs, weights_only=True)
-        which = self.config.fit.test_after_fit
-        if which:
+        if self.config.fit.test_after_fit:
             checkpoint = trainer.checkpoint_callback
-            best = checkpoint.best_model_path if which == "best" and isinstance(checkpoint, ModelCheckpoint) else None
+            use_best = self.config.fit.test_weights == "best"
+            best = checkpoint.best_model_path if use_best and isinstance(checkpoint, ModelCheckpoint) else None
             # The hyperparameters and the graph are logged already.
             trainer.enable_autolog_hparams = False
-            trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True)
+            trainer.test(
+                self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
+            )
         self._say_where()
 
     def validate(self, **kwargs: Any) -> None:
@@ -162,12 +171,6 @@ class CLI(LightningCLI):
         print(f"Run: {directory}")
         if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
             print(f"Look at it: tensorboard --logdir {directory.parent}")
-
-
-def _seed(value: bool | int) -> int:
-    if isinstance(value, bool) or not 0 <= value < 2**32:
-        raise ValueError("seed_everything must be a whole number from 0 to 4294967295")
-    return value
 
 
 def _checkpoint(name: str, root: Path) -> Path:
@@ -237,6 +240,8 @@ def _silence_what_no_user_can_act_on() -> None:
         r".*`torch.jit.trace",  # TensorBoard's graph, inside PyTorch
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
         r"The number of training batches .* is smaller than the logging interval",  # counts lists of minibatches
+        r"Checkpoint directory .* exists and is not empty",  # of the run that is being resumed
+        r"Using ModelCheckpoint with manual optimization",  # saving the weights after an iteration is what is wanted
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -143,7 +143,7 @@ class MNISTDataModule(pl.LightningDataModule):
         return DeviceLoader(
             *self._on_device(self.train),
             self.batch_size,
-            shuffle_seed=None if self.trainer and self.trainer.overfit_batches else self.seed,
+            shuffle_seed=None if self.trainer and self.trainer.overfit_batches else self.seed,  # type: ignore[attr-defined]
             steps_per_execution=self._steps_per_execution,
             limit=self.iterations_per_epoch,
         )
@@ -188,20 +188,21 @@ class MNISTDataModule(pl.LightningDataModule):
             raise ValueError(f"limit_train_batches {limit} of {available} minibatches is none")
         trainer.limit_train_batches = self.iterations_per_epoch
 
-        checkpoints = [c._every_n_train_steps for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]
-        self._steps_per_execution = gcd(self._steps_per_execution, *checkpoints)
         interval = trainer.val_check_interval
         if isinstance(interval, float) and interval < 1:
             interval = max(1, int(interval * self.iterations_per_epoch))
+        if isinstance(interval, int) and interval > self.iterations_per_epoch and trainer.check_val_every_n_epoch:
+            raise ValueError(
+                f"val_check_interval {interval} is more than the {self.iterations_per_epoch} minibatches of an epoch; "
+                "to count across epochs, set check_val_every_n_epoch to null"
+            )
+        intervals = [c._every_n_train_steps for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if isinstance(interval, int):
-            if trainer.check_val_every_n_epoch is None:
-                self._steps_per_execution = gcd(self._steps_per_execution, self.iterations_per_epoch)
-            elif interval > self.iterations_per_epoch:
-                raise ValueError(
-                    f"val_check_interval {interval} is more than the {self.iterations_per_epoch} minibatches of an "
-                    "epoch; to count across epochs, set check_val_every_n_epoch to null"
-                )
-            self._steps_per_execution = gcd(self._steps_per_execution, interval)
+            intervals.append(interval)
+        if any(intervals):
+            # The epoch's length too: a shorter last list would put all that follows out of step.
+            self._steps_per_execution = gcd(self._steps_per_execution, self.iterations_per_epoch, *intervals)
+        if isinstance(interval, int):
             trainer.val_check_interval = interval // self._steps_per_execution
 
 

@@ -59,7 +59,7 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Minibatch | list[Minibatch]]:
         """Yield `(inputs, targets)` minibatches, or lists of `steps_per_execution` of them."""
         used = min(len(self.targets), self.minibatches * self.batch_size)
-        order = self._shuffled()[:used] if self.shuffle_seed is not None else torch.arange(used)
+        order = torch.arange(used) if self.shuffle_seed is None else self._shuffled(self.shuffle_seed)[:used]
         for chunk in order.to(self.targets.device).split(self.batch_size * (self.steps_per_execution or 1)):
             # One gather for the whole list; its minibatches are views.
             inputs = self.inputs.index_select(0, chunk).split(self.batch_size)
@@ -67,8 +67,8 @@ class DeviceLoader:
             minibatches = list(zip(inputs, targets, strict=True))
             yield minibatches if self.steps_per_execution else minibatches[0]
 
-    def _shuffled(self) -> Tensor:
+    def _shuffled(self, seed: int) -> Tensor:
         # Mixed by NumPy, since seed + epoch would give neighbouring seeds nearly the same epochs; drawn on the CPU,
         # so that every device sees the same order.
-        mixed = np.random.SeedSequence((self.shuffle_seed, self.epoch)).generate_state(1)[0]
+        mixed = np.random.SeedSequence((seed, self.epoch)).generate_state(1)[0]
         return torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(int(mixed)))

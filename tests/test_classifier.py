@@ -1,0 +1,181 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import VAL_SIZE
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor
+
+from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.loader import Minibatch
+
+
+class Recorder(Callback):
+    """Remembers the iterations at which things happened, and the minibatches."""
+
+    def __init__(self) -> None:
+        self.validated: list[int] = []
+        self.points: list[tuple[int, float, float]] = []
+        self.minibatches: list[Minibatch] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.points += outputs["points"]
+        self.minibatches += batch
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated.append(trainer.global_step)
+
+
+def train(
+    root: Path, steps_per_execution: int = 4, callbacks: tuple[Callback, ...] = (), **settings: Any
+) -> tuple[pl.Trainer, MNISTClassifier, Recorder]:
+    torch.manual_seed(0)
+    recorder = Recorder()
+    settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": False, **settings}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=[recorder, *callbacks],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        **settings,
+    )
+    model = MNISTClassifier(hidden_dim=20)
+    data = MNISTDataModule("synthetic", str(root), steps_per_execution=steps_per_execution, val_size=VAL_SIZE)
+    trainer.fit(model, datamodule=data)
+    return trainer, model, recorder
+
+
+def weights(model: MNISTClassifier) -> Tensor:
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_steps_per_execution_changes_nothing(root: Path, precision: str) -> None:
+    results = [train(root, steps, precision=precision, log_every_n_steps=3) for steps in (1, 3, 7, 50)]
+    trainer, model, recorder = results[0]
+    assert trainer.global_step == 22
+    assert [point[0] for point in recorder.points] == [3, 6, 9, 12, 15, 18, 21]
+    assert all(p.dtype == (torch.float64 if precision == "64-true" else torch.float32) for p in model.parameters())
+    for other_trainer, other_model, other in results[1:]:
+        assert torch.equal(weights(model), weights(other_model))
+        assert recorder.points == other.points
+        assert other_trainer.global_step == 22
+
+
+def test_trains_as_a_plain_loop_does(root: Path) -> None:
+    _, model, recorder = train(root, max_epochs=1)
+    torch.manual_seed(0)
+    plain = MNISTClassifier(hidden_dim=20).mlp
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.001, betas=(0.9, 0.999), eps=1e-8)
+    for images, labels in recorder.minibatches:
+        # The tutorial's loss: one-hot labels, mean over the minibatch.
+        loss = -(F.one_hot(labels, 10) * F.log_softmax(plain(images), dim=1)).sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(model.mlp.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def test_measures_the_whole_validation_split(root: Path) -> None:
+    trainer, model, _ = train(root, max_epochs=1)
+    data = MNISTDataModule("synthetic", str(root), val_size=VAL_SIZE, batch_size=70)  # 70 does not divide 200
+    trainer.validate(model, datamodule=data, verbose=False)
+    metrics = trainer.callback_metrics
+    images, labels = data.val
+    logits = model(images)
+    assert metrics["val/loss"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["val/acc"].item() == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_learns(root: Path) -> None:
+    trainer, _, recorder = train(root, max_epochs=30, log_every_n_steps=1)
+    assert recorder.points[0][1] == pytest.approx(math.log(10), abs=0.1)
+    assert recorder.points[-1][1] < 0.5
+    assert trainer.callback_metrics["val/acc"] > 0.8
+
+
+# An epoch has 11 iterations here, cut into lists of 4.
+@pytest.mark.parametrize(
+    ("settings", "steps", "validated"),
+    [
+        ({}, 22, [11, 22]),
+        ({"max_steps": 13}, 13, [11]),
+        ({"max_steps": 11}, 11, [11]),
+        ({"limit_train_batches": 5}, 10, [5, 10]),
+        ({"limit_train_batches": 0.5}, 10, [5, 10]),
+        ({"limit_train_batches": 100}, 22, [11, 22]),
+        ({"val_check_interval": 6}, 22, [6, 17]),
+        ({"val_check_interval": 0.3}, 22, [3, 6, 9, 14, 17, 20]),
+        ({"val_check_interval": 0.5, "limit_train_batches": 8}, 16, [4, 8, 12, 16]),
+        ({"val_check_interval": 8, "check_val_every_n_epoch": None}, 22, [8, 16]),
+        ({"check_val_every_n_epoch": 2}, 22, [22]),
+        ({"fast_dev_run": True}, 1, [1]),
+        ({"fast_dev_run": 6}, 6, [6]),
+        ({"limit_val_batches": 0}, 22, []),
+        ({"overfit_batches": 3}, 6, [3, 6]),
+    ],
+)
+def test_the_trainers_settings_count_iterations(
+    root: Path, settings: dict[str, Any], steps: int, validated: list[int]
+) -> None:
+    trainer, _, recorder = train(root, **settings)
+    assert trainer.global_step == steps
+    assert recorder.validated == validated
+
+
+def test_a_trainer_keeps_its_settings_for_the_next_fit(root: Path) -> None:
+    trainer, _, _ = train(root, limit_train_batches=0.5, val_check_interval=4)
+    assert (trainer.limit_train_batches, trainer.val_check_interval) == (0.5, 4)
+
+
+@pytest.mark.parametrize("settings", [{"val_check_interval": 12}, {"limit_train_batches": 0.01}])
+def test_settings_that_no_epoch_can_meet_are_refused(root: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}.* 11 minibatches"):
+        train(root, **settings)
+
+
+def test_limits_of_validation_count_minibatches(root: Path) -> None:
+    trainer, model, _ = train(root, max_epochs=1, limit_val_batches=1)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    loss = F.cross_entropy(model(data.val[0][:100]), data.val[1][:100])
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_overfitting_sees_the_same_minibatches_each_epoch(root: Path) -> None:
+    trainer, _, recorder = train(root, overfit_batches=3)
+    labels = torch.cat([labels for _, labels in recorder.minibatches])
+    assert torch.equal(labels, trainer.datamodule.train[1][:300].repeat(2))  # type: ignore[attr-defined]
+
+
+def test_early_stopping_stops(root: Path) -> None:
+    stop = EarlyStopping("val/acc", mode="max", patience=1, min_delta=1.0)
+    trainer, _, _ = train(root, callbacks=(stop,), max_epochs=9)
+    assert trainer.global_step == 22
+
+
+def test_training_metrics_reach_callbacks(root: Path) -> None:
+    stop = EarlyStopping("train/loss", mode="min", stopping_threshold=10.0, check_on_train_epoch_end=True)
+    trainer, _, recorder = train(root, callbacks=(stop,), max_epochs=9, log_every_n_steps=5)
+    assert trainer.global_step == 11
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(recorder.points[-1][1])
+
+
+def test_checkpoints_are_saved_at_the_iterations_asked_for(root: Path, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    train(root, callbacks=(checkpoint,), enable_checkpointing=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"step=6.ckpt", "step=12.ckpt", "step=18.ckpt"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"hidden_dim": 0}, *({"learning_rate": value} for value in (0.0, -1.0, math.nan, math.inf)), {"init_std": 0.0}],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        MNISTClassifier(**settings)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import Tensor
+
+from mnist_lightning.loader import DeviceLoader
+
+N = 1050
+
+
+def loader(**kwargs: int | None) -> DeviceLoader:
+    return DeviceLoader(torch.arange(N)[:, None], torch.arange(N), 100, **kwargs)
+
+
+def epoch(loader: DeviceLoader, number: int = 0) -> list[Tensor]:
+    loader.set_epoch(number)
+    minibatches = [pair for item in loader for pair in (item if isinstance(item, list) else [item])]
+    for inputs, targets in minibatches:
+        assert torch.equal(inputs[:, 0], targets)
+    return [targets for _, targets in minibatches]
+
+
+def test_without_a_seed_keeps_the_order() -> None:
+    minibatches = epoch(loader())
+    assert [len(targets) for targets in minibatches] == [100] * 10 + [50]
+    assert torch.equal(torch.cat(minibatches), torch.arange(N))
+
+
+def test_a_shuffled_epoch_has_every_example_once() -> None:
+    order = torch.cat(epoch(loader(shuffle_seed=0)))
+    assert not torch.equal(order, torch.arange(N))
+    assert torch.equal(order.sort().values, torch.arange(N))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    first, second = loader(shuffle_seed=3), loader(shuffle_seed=3)
+    epoch(first, 0)
+    torch.rand(10)
+    assert torch.equal(torch.cat(epoch(first, 5)), torch.cat(epoch(second, 5)))
+
+
+def test_no_two_epochs_or_seeds_share_an_order() -> None:
+    orders = {tuple(torch.cat(epoch(loader(shuffle_seed=s), e)).tolist()) for s in range(4) for e in range(4)}
+    assert len(orders) == 16
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 50])
+def test_lists_hold_the_same_minibatches_in_the_same_order(steps: int) -> None:
+    listed = loader(shuffle_seed=1, steps_per_execution=steps)
+    assert len(listed) == len(list(listed)) == -(-11 // steps)
+    assert [len(item) for item in listed] == [steps] * (11 // steps) + ([11 % steps] if 11 % steps else [])
+    for a, b in zip(epoch(listed, 2), epoch(loader(shuffle_seed=1), 2), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("steps", [None, 2, 50])
+def test_limit_ends_an_epoch_after_so_many_minibatches(steps: int | None) -> None:
+    limited = loader(shuffle_seed=1, limit=5, steps_per_execution=steps)
+    for a, b in zip(epoch(limited), epoch(loader(shuffle_seed=1))[:5], strict=True):
+        assert torch.equal(a, b)
+    assert len(limited) == {None: 5, 2: 3, 50: 1}[steps]
