@@ -92,7 +92,7 @@ class Report(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
         settings = {**pl_module.hparams, **_data(trainer).hparams}
-        metrics = dict.fromkeys(("val/loss", "val/acc", "test/loss", "test/acc"))
+        metrics = dict.fromkeys(("test/acc", "test/loss", "val/acc", "val/loss"))
         for writer in _tensorboards(trainer):
             for summary in hparams(settings, metrics):
                 writer.file_writer.add_summary(summary)

@@ -78,8 +78,8 @@ class MNISTClassifier(pl.LightningModule):
         points = [(iteration, *values.tolist()) for iteration, values in measured.items()]
         for iteration, loss, acc in points:
             curves = {"train/loss": loss, "train/acc": acc}
-            self._draw(curves, iteration)
-        if points:
+            self._log_curves(curves, iteration)
+            # For the progress bar and for callbacks that monitor them.
             self.log_dict(curves, logger=False, prog_bar=True)
         return {"points": points}
 
@@ -90,7 +90,7 @@ class MNISTClassifier(pl.LightningModule):
     def on_validation_end(self) -> None:
         """Log the split's metrics."""
         if not self.trainer.sanity_checking:
-            self._draw_split("val")
+            self._log_split("val")
 
     def test_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Measure a minibatch of the test split, images (B, 784) and labels (B,); return its logits, (B, 10)."""
@@ -98,7 +98,7 @@ class MNISTClassifier(pl.LightningModule):
 
     def on_test_end(self) -> None:
         """Log the split's metrics."""
-        self._draw_split("test")
+        self._log_split("test")
 
     def predict_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Return the probabilities, (B, 10), of a minibatch's images; its labels are not used."""
@@ -112,11 +112,11 @@ class MNISTClassifier(pl.LightningModule):
         self.log_dict(metrics, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True, logger=False)
         return logits
 
-    def _draw_split(self, split: str) -> None:
+    def _log_split(self, split: str) -> None:
         metrics = self.trainer.callback_metrics
-        self._draw({name: value.item() for name, value in metrics.items() if name.startswith(split)}, self.global_step)
+        self._log_curves({name: metrics[name].item() for name in (f"{split}/loss", f"{split}/acc")}, self.global_step)
 
-    def _draw(self, curves: dict[str, float], iteration: int) -> None:
+    def _log_curves(self, curves: dict[str, float], iteration: int) -> None:
         # Through `self.log`, Lightning would count its batches on the x-axis, not iterations.
         for logger in self.loggers:
             logger.log_metrics(curves, step=iteration)

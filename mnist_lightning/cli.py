@@ -242,6 +242,7 @@ def _silence_what_no_user_can_act_on() -> None:
         r"The number of training batches .* is smaller than the logging interval",  # counts lists of minibatches
         r"Checkpoint directory .* exists and is not empty",  # of the run that is being resumed
         r"Using ModelCheckpoint with manual optimization",  # saving the weights after an iteration is what is wanted
+        r"Be aware that when using `ckpt_path`, callbacks",  # only `fit` writes checkpoints
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -90,6 +90,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.steps_per_execution = steps_per_execution
         self.val_size = val_size
         self.seed = seed
+        self._prepared = False
 
     @property
     def dataset_name(self) -> str:
@@ -97,20 +98,23 @@ class MNISTDataModule(pl.LightningDataModule):
         return "MNIST" if self._source() is MNIST else "stand-in digits (not MNIST)"
 
     def prepare_data(self) -> None:
-        """Get and verify the files; Lightning calls it in one process of each machine."""
+        """Get and verify the files; Lightning calls it in one process of each machine, for `fit` and again for `test`."""
+        if self._prepared:
+            return
         try:
             if self.dataset == "synthetic":
                 _get_synthetic(self.root)
-                return
-            try:
-                _get_mnist(self.root)
-            except UnreachableError as error:
-                if self.dataset == "mnist":
-                    raise
-                _warn_of_stand_in(error)
-                _get_synthetic(self.root)
+            else:
+                try:
+                    _get_mnist(self.root)
+                except UnreachableError as error:
+                    if self.dataset == "mnist":
+                        raise
+                    _warn_of_stand_in(error)
+                    _get_synthetic(self.root)
         except OSError as error:
             raise DataError(f"{error.filename or self.root}: {error.strerror or error}; see --data.root") from error
+        self._prepared = True
 
     def setup(self, stage: str) -> None:
         """Read and split what `stage` needs: `fit`, `validate`, `test` or `predict`."""

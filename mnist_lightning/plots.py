@@ -23,7 +23,7 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
     for index, axes in enumerate(figure.subplots(3, 3).flat):
         axes.axis("off")
         if index < min(len(images), 9):
-            axes.imshow(images[index].reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(images[index].reshape(28, 28).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(titles[index], fontsize=10)
     if len(images) == 0:
         figure.text(0.5, 0.5, "none", ha="center", va="center", color="gray", fontsize=16)
@@ -41,7 +41,7 @@ def confusion_matrix(counts: Tensor, heading: str) -> Figure:
     axes = figure.subplots()
     # Coloured by the share of the row's mistakes: on the counts themselves the diagonal would drown everything else.
     mistakes = counts.float().fill_diagonal_(0)
-    axes.imshow(mistakes / mistakes.max().clamp(min=1), cmap="Reds", vmin=0, vmax=1.4)
+    axes.imshow((mistakes / mistakes.max().clamp(min=1)).numpy(), cmap="Reds", vmin=0, vmax=1.4)
     for true in range(CLASSES):
         for predicted in range(CLASSES):
             count = int(counts[true, predicted])
@@ -70,10 +70,18 @@ def training_curves(train: Tensor, val: Tensor, heading: str) -> Figure:
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(heading)
+    train_rows, val_rows = train.numpy(), val.numpy()
     for axes, column, name in zip(figure.subplots(1, 2), (1, 2), ("loss", "accuracy"), strict=True):
         scale = 100 if name == "accuracy" else 1
-        axes.plot(train[:, 0], train[:, column] * scale, color=TRAIN_COLOR, alpha=0.7, lw=1, label="training minibatch")
-        axes.plot(val[:, 0], val[:, column] * scale, color=VAL_COLOR, marker="o", ms=4, label="validation")
+        axes.plot(
+            train_rows[:, 0],
+            train_rows[:, column] * scale,
+            color=TRAIN_COLOR,
+            alpha=0.7,
+            lw=1,
+            label="training minibatch",
+        )
+        axes.plot(val_rows[:, 0], val_rows[:, column] * scale, color=VAL_COLOR, marker="o", ms=4, label="validation")
         axes.set(xlabel="iteration", ylabel="loss (nats)" if name == "loss" else "accuracy (%)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -15,6 +15,7 @@ from torchvision.datasets.utils import calculate_md5, check_integrity
 VERSION = 1  # raise when the digits change; caches of another version are made again
 
 SIZES = {"train": 60_000, "t10k": 10_000}  # digits in the files of each of MNIST's two sets
+FILES = [f"{split}-{content}-ubyte" for split in SIZES for content in ("images-idx3", "labels-idx1")]
 MANIFEST = "manifest.json"
 
 # The ways people write each digit: (digit, how common among its ways, path). The paths were written by hand and the
@@ -202,9 +203,9 @@ class SyntheticMNIST(MNIST):
         try:
             manifest = json.loads((raw / MANIFEST).read_text())
             return manifest["version"] == VERSION and all(
-                check_integrity(raw / name, md5) for name, md5 in manifest["md5"].items()
+                check_integrity(raw / name, manifest["md5"][name]) for name in FILES
             )
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
     @classmethod
