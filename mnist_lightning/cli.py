@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch.nn.functional as F
+from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -188,6 +189,7 @@ def _checkpoint(name: str, root: Path) -> Path:
 def _data(arguments: list[str]) -> None:
     """The `data` command: get and verify the data, and print what the tutorial prints of them."""
     parser = Parser(prog="mnist_lightning data", description="Get and verify the data without training.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in yaml format")
     parser.add_lightning_class_args(MNISTDataModule, "data")
     parser.add_argument("--figure", type=str, default="digits.png", help="PNG file for a figure of training digits")
     config = parser.parse_args(arguments)

@@ -98,7 +98,7 @@ class MNISTDataModule(pl.LightningDataModule):
         return "MNIST" if self._source() is MNIST else "stand-in digits (not MNIST)"
 
     def prepare_data(self) -> None:
-        """Get and verify the files; Lightning calls it in one process of each machine, for `fit` and again for `test`."""
+        """Get and verify the files, once; Lightning calls this in one process of each machine."""
         if self._prepared:
             return
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Generator, Tensor
 from torchvision.datasets import MNIST
@@ -218,7 +219,7 @@ class SyntheticMNIST(MNIST):
         raw = self.folder(Path(self.root))
         raw.mkdir(parents=True)
         md5 = {}
-        with Progress() as bar:
+        with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("Drawing stand-in digits", total=sum(SIZES.values()))
             for seed, (split, size) in enumerate(SIZES.items()):
                 images, labels = draw_digits(size, seed, lambda drawn: bar.advance(task, drawn))
