@@ -171,7 +171,9 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def _on_device(self, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         device = self.trainer.strategy.root_device if self.trainer else "cpu"
-        return split[0].to(device), split[1].to(device)
+        images = split[0].to(device)
+        # Lightning would convert each batch to `Trainer(precision)`'s type; here it is done once.
+        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, split[1].to(device)
 
     def _count_minibatches(self) -> None:
         """Make the Trainer's settings, which count Lightning batches, mean minibatches.

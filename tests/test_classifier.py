@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from conftest import VAL_SIZE
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.fused import fused_step
 from mnist_lightning.loader import Minibatch
+from mnist_lightning.model import MLP
 
 
 class Recorder(Callback):
@@ -32,7 +35,11 @@ class Recorder(Callback):
 
 
 def train(
-    root: Path, steps_per_execution: int = 4, callbacks: tuple[Callback, ...] = (), **settings: Any
+    root: Path,
+    steps_per_execution: int = 4,
+    callbacks: tuple[Callback, ...] = (),
+    fused: bool = True,
+    **settings: Any,
 ) -> tuple[pl.Trainer, MNISTClassifier, Recorder]:
     torch.manual_seed(0)
     recorder = Recorder()
@@ -45,7 +52,7 @@ def train(
         logger=False,
         **settings,
     )
-    model = MNISTClassifier(hidden_dim=20)
+    model = MNISTClassifier(hidden_dim=20, fused_step=fused)
     data = MNISTDataModule("synthetic", str(root), steps_per_execution=steps_per_execution, val_size=VAL_SIZE)
     trainer.fit(model, datamodule=data)
     return trainer, model, recorder
@@ -66,6 +73,55 @@ def test_steps_per_execution_changes_nothing(root: Path, precision: str) -> None
         assert torch.equal(weights(model), weights(other_model))
         assert recorder.points == other.points
         assert other_trainer.global_step == 22
+
+
+class Hooked(Callback):
+    """Counts the calls of a hook that lies between the passes of a step."""
+
+    calls = 0
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.calls += 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_the_fused_step_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    made: list[int] = []
+
+    def make(network: MLP, optimizer: LightningOptimizer, batch_size: int) -> Any:
+        made.append(batch_size)
+        return fused_step(network, optimizer, batch_size)
+
+    monkeypatch.setattr("mnist_lightning.classifier.fused_step", make)
+    fused = train(root, precision=precision, log_every_n_steps=3)
+    assert made
+    made.clear()
+    plain = train(root, precision=precision, log_every_n_steps=3, fused=False)
+    assert not made
+    assert torch.equal(weights(fused[1]), weights(plain[1]))
+    assert fused[2].points == plain[2].points
+    assert fused[0].global_step == plain[0].global_step
+    for a, b in zip(*(t.optimizers[0].state.values() for t in (fused[0], plain[0])), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_hooks_on_steps_are_called(root: Path) -> None:
+    hooked = Hooked()
+    _, model, _ = train(root, callbacks=(hooked,))
+    assert hooked.calls == 22
+    assert torch.equal(weights(model), weights(train(root)[1]))
+
+
+def test_frozen_layers_stay_as_they_are(root: Path) -> None:
+    class Freeze(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            pl_module.mlp.hidden.requires_grad_(False)
+
+    torch.manual_seed(0)
+    before = MNISTClassifier(hidden_dim=20).mlp
+    _, model, _ = train(root, callbacks=(Freeze(),))
+    assert torch.equal(model.mlp.hidden.weight, before.hidden.weight)
+    assert not torch.equal(model.mlp.output.weight, before.output.weight)
 
 
 def test_trains_as_a_plain_loop_does(root: Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnist_lightning.loader import DeviceLoader
+from mnist_lightning.loader import DeviceLoader, Minibatches
 
 N = 1050
 
@@ -13,7 +13,7 @@ def loader(**kwargs: int | None) -> DeviceLoader:
 
 def epoch(loader: DeviceLoader, number: int = 0) -> list[Tensor]:
     loader.set_epoch(number)
-    minibatches = [pair for item in loader for pair in (item if isinstance(item, list) else [item])]
+    minibatches = [pair for item in loader for pair in (item if isinstance(item, Minibatches) else [item])]
     for inputs, targets in minibatches:
         assert torch.equal(inputs[:, 0], targets)
     return [targets for _, targets in minibatches]
