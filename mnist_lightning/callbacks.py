@@ -21,7 +21,9 @@ from torch.utils.tensorboard.summary import hparams
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from mnist_lightning import plots
+from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.files import NAMES
 from mnist_lightning.loader import Minibatch
 from mnist_lightning.model import CLASSES
 
@@ -31,7 +33,7 @@ class IterationProgressBar(RichProgressBar):
 
     def __init__(self) -> None:
         # More refreshes than a person can see would cost a tenth of the training time.
-        super().__init__(refresh_rate=5, theme=RichProgressBarTheme(metrics_format=".4f"))
+        super().__init__(refresh_rate=5, theme=RichProgressBarTheme(metrics_format=".2f"))
 
     @property
     def total_train_batches(self) -> int:
@@ -46,10 +48,17 @@ class IterationProgressBar(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, done - 1)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Loss and accuracy, without Lightning's version number."""
+        """Loss and accuracy of the last training point, short enough for a narrow terminal."""
         metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        return {name: metrics[f"train/{name}"] for name in ("loss", "acc") if f"train/{name}" in metrics}
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """All columns but the speed, which has no room beside the metrics."""
+        return super().configure_columns(trainer)[:-1]
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning counts epochs from 0, the tutorial's lines above the bar from 1.
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
 
 class Report(Callback):
@@ -61,32 +70,42 @@ class Report(Callback):
     def __init__(self) -> None:
         self.train: list[list[float]] = []
         self.val: list[list[float]] = []
-        self.tested: list[float] | None = None
-        self._seconds_before = 0.0
-        self._started = 0.0
+        self._loaded: tuple[int, str] | None = None
+        self._seconds_of_resumed_runs = 0.0
+        self._started: float | None = None
 
     @property
     def train_seconds(self) -> float:
-        """Seconds spent in the fit loop, validation included, and in the runs that this one resumes."""
-        return self._seconds_before + (time.perf_counter() - self._started if self._started else 0)
+        """Seconds spent in the fit loop, validation included, also of the runs that this one resumes."""
+        running = 0 if self._started is None else time.perf_counter() - self._started
+        return self._seconds_of_resumed_runs + running
 
     def state_dict(self) -> dict[str, Any]:
         return {"train": self.train, "val": self.val, "train_seconds": self.train_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tested = state_dict["val"][-1] if state_dict["val"] else None
         # Testing the best checkpoint after a fit must not forget the epochs that came after it.
         if not self.train:
             self.train, self.val = state_dict["train"], state_dict["val"]
-            self._seconds_before = state_dict["train_seconds"]
+            self._seconds_of_resumed_runs = state_dict["train_seconds"]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        self._loaded = checkpoint["global_step"], checkpoint["datamodule_hyper_parameters"]["dataset"]
+        if not self.train:
+            print(f"Weights of iteration {self._loaded[0]:,}, trained on {NAMES[self._loaded[1]]}")
+            print(f"Reading {_data(trainer).dataset_name}", flush=True)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = _data(trainer)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-        _print(
-            trainer,
+        print(
             f"Training on {data.dataset_name}: {len(data.train[1]):,} images, {len(data.val[1]):,} for validation; "
             f"{parameters:,} parameters on {pl_module.device}, seed {data.seed}",
+            flush=True,
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -102,38 +121,42 @@ class Report(Callback):
     ) -> None:
         for iteration, loss, acc in outputs["points"]:
             self.train.append([iteration, loss, acc])
-            _print(trainer, f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
+            print(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}", flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
         loss, acc = _metrics(trainer, "val")
-        self.val.append([trainer.global_step, loss, acc])
-        epoch = f"Epoch: {trainer.current_epoch + 1}, v" if trainer.state.fn == TrainerFn.FITTING else "V"
-        _print(trainer, f"{epoch}alidation loss: {loss:.2f}, validation accuracy: {acc:.1%}")
+        self.val.append([_iteration(pl_module), loss, acc])
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        metrics = f"validation loss: {loss:.2f}, validation accuracy: {acc:.1%}"
+        print(f"Epoch: {trainer.current_epoch + 1}, {metrics}" if fitting else metrics.capitalize(), flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seconds_before, self._started = self.train_seconds, 0.0
-        self._write_results(trainer)
+        self._seconds_of_resumed_runs, self._started = self.train_seconds, None
+        self._write_results(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss, acc = _metrics(trainer, "test")
-        _print(trainer, f"Test loss: {loss:.2f}, test accuracy: {acc:.1%}")
-        self._write_results(trainer)
+        print(f"Test loss: {loss:.2f}, test accuracy: {acc:.1%}", flush=True)
+        self._write_results(trainer, pl_module)
 
-    def _write_results(self, trainer: pl.Trainer) -> None:
+    def _write_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = run_directory(trainer)
-        if folder is None or not trainer.is_global_zero:
+        if folder is None:
             return
+        data = _data(trainer)
         results: dict[str, Any] = {
-            "dataset": _data(trainer).hparams["dataset"],
-            "seed": _data(trainer).seed,
-            "iterations": trainer.global_step,
+            "dataset": data.hparams["dataset"],
+            "seed": data.seed,
+            "iterations": _iteration(pl_module),
             "train_seconds": round(self.train_seconds, 3),
         }
-        # Validation of the same weights as the test.
-        if val := self.tested or (self.val[-1] if self.val else None):
-            results |= {"val/loss": val[1], "val/acc": val[2]}
+        # Validation of the very weights that are tested, if it was on the same dataset.
+        iteration, dataset = self._loaded or (_iteration(pl_module), data.hparams["dataset"])
+        for row in self.val:
+            if row[0] == iteration and dataset == data.hparams["dataset"]:
+                results |= {"val/loss": row[1], "val/acc": row[2]}
         if "test/loss" in trainer.callback_metrics:
             results |= dict(zip(("test/loss", "test/acc"), _metrics(trainer, "test"), strict=True))
         results["versions"] = {name: version(name) for name in ("torch", "torchvision", "lightning", "mnist-lightning")}
@@ -187,10 +210,10 @@ class Figures(Callback):
         counts = multiclass_confusion_matrix(predictions, labels, num_classes=CLASSES)
         order = {"file_order": "first in the file", "confidence": "surest"}[self.misclassified]
         figures = {
-            "correct": digits(correct, f"{data}: {len(correct):,} correct test digits, first in the file"),
-            "misclassified": digits(mistakes, f"{data}: {len(mistakes):,} misclassified test digits, {order}"),
+            "correct": digits(correct, f"{data}\n{len(correct):,} correct test digits, first in the file"),
+            "misclassified": digits(mistakes, f"{data}\n{len(mistakes):,} misclassified test digits, {order}"),
             "confusion_matrix": plots.confusion_matrix(
-                counts, f"{data}: confusion matrix of {len(labels):,} test digits"
+                counts, f"{data}\nconfusion matrix of {len(labels):,} test digits"
             ),
         }
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -198,18 +221,18 @@ class Figures(Callback):
         if report and report.train:
             train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (report.train, report.val))
             figures["training_curves"] = plots.training_curves(train, val, f"{data}: training curves")
-        self._show(trainer, figures)
+        self._show(trainer, figures, _iteration(pl_module))
 
     @staticmethod
-    def _show(trainer: pl.Trainer, figures: dict[str, Figure]) -> None:
+    def _show(trainer: pl.Trainer, figures: dict[str, Figure], iteration: int) -> None:
         folder = run_directory(trainer)
-        if folder is None or not trainer.is_global_zero:
+        if folder is None:
             return
         (folder / "figures").mkdir(exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
             for writer in _tensorboards(trainer):
-                writer.add_figure(f"figures/{name}", figure, trainer.global_step)
+                writer.add_figure(f"figures/{name}", figure, iteration)
 
 
 class PredictionWriter(Callback):
@@ -231,7 +254,7 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = run_directory(trainer)
-        if folder is None or not trainer.is_global_zero:
+        if folder is None:
             return
         probabilities, digits = torch.cat(self._probabilities).max(dim=1)
         self._probabilities = []
@@ -244,14 +267,26 @@ class PredictionWriter(Callback):
 
 
 def run_directory(trainer: pl.Trainer) -> Path | None:
-    """The run's directory, or None where the run keeps nothing, as with `fast_dev_run`. Call it on every rank."""
-    directory = trainer.log_dir
-    return Path(directory) if directory else None
+    """The directory of the run, that of `checkpoints/`; None where nothing is logged, as in `fast_dev_run`."""
+    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    logger = trainer.loggers[0]
+    if logger.log_dir is not None:
+        return Path(logger.log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    directory = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def _data(trainer: pl.Trainer) -> MNISTDataModule:
     data: MNISTDataModule = trainer.datamodule  # type: ignore[attr-defined]
     return data
+
+
+def _iteration(pl_module: pl.LightningModule) -> int:
+    assert isinstance(pl_module, MNISTClassifier)
+    return pl_module.iteration
 
 
 def _tensorboards(trainer: pl.Trainer) -> Iterator[Any]:
@@ -262,8 +297,3 @@ def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float]:
     # Six digits: more would show the rounding of the float32 mean.
     loss, acc = (round(trainer.callback_metrics[f"{split}/{name}"].item(), 6) for name in ("loss", "acc"))
     return loss, acc
-
-
-def _print(trainer: pl.Trainer, line: str) -> None:
-    if trainer.is_global_zero:
-        print(line, flush=True)

@@ -1,14 +1,16 @@
 """How the network learns: loss, optimizer, and the training, validation, test and predict steps."""
 
 import math
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from mnist_lightning.fused import can_fuse, fused_step
+from mnist_lightning.fused import FusedStep, can_fuse, try_fused_step
 from mnist_lightning.loader import Minibatch, Minibatches
 from mnist_lightning.model import MLP, PIXELS
 
@@ -42,6 +44,7 @@ class MNISTClassifier(pl.LightningModule):
         # How steps are computed is no property of the trained network.
         self.save_hyperparameters(ignore="fused_step")
         self.fused_step = fused_step
+        self._loaded_iteration = 0
         self.learning_rate = learning_rate
         self.mlp = MLP(hidden_dim, init_std)
         self.example_input_array = torch.zeros(1, PIXELS)
@@ -57,31 +60,58 @@ class MNISTClassifier(pl.LightningModule):
         """Adam, all parameters in one kernel."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
 
+    def on_fit_start(self) -> None:
+        """Draw the graph in the weights' own precision."""
+        self.example_input_array = torch.zeros(1, PIXELS).to(self.dtype)
+
+    def on_train_start(self) -> None:
+        """Decide anew for each fit whether its steps can be fused.
+
+        Raises:
+            MisconfigurationException: The run to resume was ended by `max_steps` within an epoch.
+            TypeError: The Trainer has no data module.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise TypeError(
+                "train with `Trainer.fit(model, datamodule=MNISTDataModule())`: one batch is many minibatches"
+            )
+        if self.global_step < self.current_epoch * data.iterations_per_epoch:
+            # Lightning takes that epoch for finished and would leave out the rest of it.
+            raise MisconfigurationException(
+                f"the checkpoint is from iteration {self.global_step}, where max_steps ended an epoch early; "
+                "only whole epochs can be resumed"
+            )
+        self._fused: FusedStep | None = None
+        self._try_fused = self.fused_step and can_fuse(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember how long the weights were trained, for the x-axis of their test."""
+        self._loaded_iteration = checkpoint["global_step"]
+
+    @property
+    def iteration(self) -> int:
+        """Optimizer steps done, here or, in a process that only tests, by the run that the checkpoint is from."""
+        return self.global_step or self._loaded_iteration
+
     def training_step(self, batch: Minibatches, batch_idx: int) -> dict[str, list[tuple[int, float, float]]]:
         """Run one iteration for each minibatch: `(images, labels)` of shapes (B, 784) and (B,).
 
         Returns:
             `points`: iteration, loss and accuracy of those iterations that `log_every_n_steps` asks for.
         """
-        trainer, optimizer = self.trainer, self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
+        trainer = self.trainer
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         first = self.global_step
         # A negative `max_steps` means no limit.
         last = first + len(batch) if trainer.max_steps < 0 else min(first + len(batch), trainer.max_steps)
-
-        fused = None
         measured = {}
+        # Not strict: `max_steps` may end training within the list.
         for iteration, (images, labels) in zip(range(first + 1, last + 1), batch, strict=False):
-            if fused is None and self.fused_step and can_fuse(self, self.mlp, optimizer.optimizer):
-                fused, fused_size = fused_step(self.mlp, optimizer, len(labels)), len(labels)
-            if fused and len(labels) == fused_size:
-                logits = fused(images, labels)
-            else:
-                logits = self._step(optimizer, images, labels)
+            logits = self._fused_or_step(images, labels)
             if log_every and iteration % log_every == 0:
                 measured[iteration] = torch.stack([F.cross_entropy(logits, labels), _accuracy(logits, labels)])
-        # Lightning adds 1 per batch; without the others, `log_every_n_steps` would count batches, not iterations.
+        # For what subclasses and callbacks log: Lightning counts their x-axis in batches and will add 1 for this one.
         trainer.fit_loop.epoch_loop._batches_that_stepped += last - first - 1
 
         points = [(iteration, *values.tolist()) for iteration, values in measured.items()]
@@ -92,7 +122,9 @@ class MNISTClassifier(pl.LightningModule):
             self.log_dict(curves, logger=False, prog_bar=True)
         return {"points": points}
 
-    def _step(self, optimizer: LightningOptimizer, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        # This is what Lightning's automatic optimization does for each batch. Whoever changes it deletes fused.py.
+        optimizer = self._optimizer()
         logits: Tensor = self(images)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -101,6 +133,24 @@ class MNISTClassifier(pl.LightningModule):
         # Autocast keeps the weights it has cast until the whole `training_step` ends.
         torch.clear_autocast_cache()
         return logits.detach()
+
+    def _fused_or_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        optimizer = self._optimizer()
+        if self._fused and self._fused.batch_size == len(labels):
+            optimizer._on_before_step()  # Lightning's count of steps
+            logits = self._fused(images, labels)
+            optimizer._on_after_step()
+            return logits
+        if self._try_fused and optimizer.state:  # Adam's is empty before its first step
+            self._try_fused = False
+            self._fused, logits = try_fused_step(self.mlp, optimizer.optimizer, images, labels, self._step)
+            return logits
+        return self._step(images, labels)
+
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
 
     def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
         """Measure a minibatch of the validation split: images (B, 784), labels (B,)."""
@@ -128,12 +178,12 @@ class MNISTClassifier(pl.LightningModule):
         images, labels = batch
         logits: Tensor = self(images)
         metrics = {f"{split}/loss": F.cross_entropy(logits, labels), f"{split}/acc": _accuracy(logits, labels)}
-        self.log_dict(metrics, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True, logger=False)
+        self.log_dict(metrics, batch_size=len(labels), on_step=False, on_epoch=True, logger=False)
         return logits
 
     def _log_split(self, split: str) -> None:
         metrics = self.trainer.callback_metrics
-        self._log_curves({name: metrics[name].item() for name in (f"{split}/loss", f"{split}/acc")}, self.global_step)
+        self._log_curves({name: metrics[name].item() for name in (f"{split}/loss", f"{split}/acc")}, self.iteration)
 
     def _log_curves(self, curves: dict[str, float], iteration: int) -> None:
         # Through `self.log`, Lightning would count its batches on the x-axis, not iterations.

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 import torch.nn.functional as F
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
@@ -33,8 +33,10 @@ class Parser(LightningArgumentParser):
     """Raises errors instead of printing them below the usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise `message`, with types as people write them, as a `UsageError`."""
-        raise UsageError(re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)) from ex
+        """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
+        message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
+        message = re.sub(r"(?s)Does not validate.*?Errors:.*Given value: ", "This value is not allowed: ", message)
+        raise UsageError(message) from ex
 
 
 class CLI(LightningCLI):
@@ -86,13 +88,31 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Check the seed, and resolve `best` and `last`, which Lightning would look for in the new run's directory."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except (OSError, ValueError) as error:  # files that are no YAML
+            raise UsageError(f"the config cannot be read: {error}") from error
         config = self.config[self.config.subcommand]
         seed = config.seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}")
+        self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
         if config.ckpt_path:
-            config.ckpt_path = str(_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir or ".")))
+            config.ckpt_path = str(_checkpoint(config.ckpt_path, self._runs))
+        elif self.config.subcommand != "fit":
+            raise UsageError("ckpt_path: which weights? Give `best` or `last` of the newest run, or a path")
+
+    def _parse_ckpt_path(self) -> None:
+        # The checkpoint's model settings win over all others in Lightning, without a word.
+        command = self.config.subcommand
+        config = self.config[command]
+        try:
+            super()._parse_ckpt_path()
+        except Exception as error:
+            raise UsageError(f"ckpt_path: {config.ckpt_path} is damaged, or no checkpoint of this program") from error
+        for name, value in self.config[command].model.items():
+            if config.model[name] not in (value, self._parser(command).get_default(f"model.{name}")):
+                raise UsageError(f"model.{name} is {config.model[name]}, but the checkpoint was trained with {value}")
 
     def instantiate_classes(self) -> None:
         """Settings out of range are the user's errors."""
@@ -102,48 +122,55 @@ class CLI(LightningCLI):
             raise UsageError(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the logger, the checkpoints, the progress bar and the report, where the user has not chosen otherwise."""
+        """Add the logger, the callbacks and the progress bar, where the user has not chosen otherwise."""
         config = self.config_init[self.subcommand].trainer
-        fitting = self.subcommand == "fit"
-        for name, unset, instead in (
+        for name, off, instead in (
             ("gradient_clip_val", None, "a smaller model.learning_rate"),
             ("accumulate_grad_batches", 1, "a larger data.batch_size"),
         ):
-            if config[name] not in (unset, 0):
+            if config[name] not in (off, 0):
                 raise UsageError(f"trainer.{name} does not work with several optimizer steps a call; use {instead}")
+        checkpoint = self.config[self.subcommand].ckpt_path
         if config.logger in (None, True):
+            # A run that is resumed goes on in its own directory.
+            run = Path(checkpoint or "").resolve().parent.parent
+            resumes = self.subcommand == "fit" and checkpoint and run.parent == self._runs.resolve()
             kwargs["logger"] = TensorBoardLogger(
-                config.default_root_dir or ".",
+                self._runs.parent,
                 name=RUNS,
-                version=_resumed_run(self.config.fit.ckpt_path) if fitting else None,
+                version=run.name if resumes else None,
                 log_graph=True,
                 default_hp_metric=False,
             )
-        callbacks = [Report(), PredictionWriter()]
-        if config.enable_progress_bar is not False and sys.stdout.isatty():
-            callbacks.append(IterationProgressBar())
-        else:
-            kwargs["enable_progress_bar"] = False
-        if fitting and config.enable_checkpointing is not False and not config.fast_dev_run:
-            callbacks.append(
-                ModelCheckpoint(
-                    filename="best", monitor="val/acc", mode="max", save_last=True, enable_version_counter=False
-                )
-            )
-        kwargs["callbacks"] = [*(config.callbacks or []), *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        callbacks = [*(config.callbacks or []), Report(), PredictionWriter()]
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            if config.enable_progress_bar is not False and sys.stdout.isatty():
+                callbacks.append(IterationProgressBar())
+            else:
+                kwargs["enable_progress_bar"] = False
+        self._best = None
+        if self.subcommand == "fit" and config.enable_checkpointing is not False and not config.fast_dev_run:
+            self._best = ModelCheckpoint(filename="best", monitor="val/acc", mode="max", enable_version_counter=False)
+            # Not `save_last`, which saves only where the best was saved too.
+            last = ModelCheckpoint(filename="last", enable_version_counter=False)
+            callbacks += [self._best, last]
+        if config.logger is False:
+            self.save_config_callback = None
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        if trainer.world_size > 1:
+            raise UsageError("trainer.devices and num_nodes: training in several processes does not work yet; use 1")
+        return trainer
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then test."""
-        trainer = self.trainer
-        trainer.fit(**kwargs, weights_only=True)
+        # config.yaml repeats the whole run, also where this process resumed it.
+        self.config.fit.ckpt_path = None
+        self.trainer.fit(**kwargs, weights_only=True)
         if self.config.fit.test_after_fit:
-            checkpoint = trainer.checkpoint_callback
-            use_best = self.config.fit.test_weights == "best"
-            best = checkpoint.best_model_path if use_best and isinstance(checkpoint, ModelCheckpoint) else None
+            best = self._best.best_model_path if self._best and self.config.fit.test_weights == "best" else None
             # The hyperparameters and the graph are logged already.
-            trainer.enable_autolog_hparams = False
-            trainer.test(
+            self.trainer.enable_autolog_hparams = False
+            self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
             )
         self._say_where()
@@ -165,7 +192,7 @@ class CLI(LightningCLI):
 
     def _say_where(self) -> None:
         directory = run_directory(self.trainer)
-        if directory is None or not self.trainer.is_global_zero:
+        if directory is None:
             return
         if directory.is_relative_to(Path.cwd()):
             directory = directory.relative_to(Path.cwd())
@@ -174,15 +201,19 @@ class CLI(LightningCLI):
             print(f"Look at it: tensorboard --logdir {directory.parent}")
 
 
-def _checkpoint(name: str, root: Path) -> Path:
+def _checkpoint(name: str, runs: Path) -> Path:
+    """The file that `best`, `last` or a path means."""
     if name not in ("best", "last"):
         if not Path(name).is_file():
             raise UsageError(f"ckpt_path: there is no checkpoint {name}")
         return Path(name)
-    runs = (root / RUNS).glob(f"version_*/checkpoints/{name}.ckpt")
-    numbered = {int(path.parts[-3].removeprefix("version_")): path for path in runs}
+    numbered = {
+        int(match[1]): path
+        for path in runs.glob(f"version_*/checkpoints/{name}.ckpt")
+        if (match := re.fullmatch(r"version_(\d+)", path.parts[-3]))
+    }
     if not numbered:
-        raise UsageError(f"ckpt_path: there is no {name}.ckpt of any run in {root / RUNS} yet; train one with `fit`")
+        raise UsageError(f"ckpt_path: there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
     return numbered[max(numbered)]
 
 

@@ -5,6 +5,7 @@ from math import ceil
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 Minibatch = tuple[Tensor, Tensor]
@@ -72,13 +73,32 @@ class DeviceLoader:
         self.epoch = 0
         minibatches = ceil(len(targets) / batch_size)
         self.minibatches = minibatches if limit is None else min(limit, minibatches)
+        self._done = self._resume_at = 0  # minibatches of the epoch
         if shuffle_seed is not None:
-            # Before each epoch Lightning calls `set_epoch` of what it finds under this name.
+            # Before each epoch Lightning calls `loader.sampler.set_epoch(epoch)`; a loader that keeps its order has no
+            # sampler, or Lightning would warn of shuffling where `overfit_batches` forbids it.
             self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, whose order the next iteration follows."""
         self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int | None]:
+        """How far into its epoch the loader is, for Lightning's checkpoints."""
+        return {"done": self._done % self.minibatches, "steps_per_execution": self.steps_per_execution}
+
+    def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
+        """Let the next iteration go on where the loader of the checkpoint was.
+
+        Raises:
+            MisconfigurationException: In mid-epoch, with another number of steps an execution: Lightning counts those.
+        """
+        self._resume_at = state_dict["done"] or 0
+        if self._resume_at and state_dict["steps_per_execution"] != self.steps_per_execution:
+            raise MisconfigurationException(
+                f"the checkpoint is from mid-epoch, with {state_dict['steps_per_execution']} steps an execution, not "
+                f"{self.steps_per_execution}; give the same steps_per_execution and intervals to resume it"
+            )
 
     def __len__(self) -> int:
         """Items in an epoch: minibatches, or `Minibatches` of several."""
@@ -88,8 +108,11 @@ class DeviceLoader:
         """Yield `(inputs, targets)` minibatches, or `Minibatches` of `steps_per_execution` each."""
         used = min(len(self.targets), self.minibatches * self.batch_size)
         order = torch.arange(used) if self.shuffle_seed is None else self._shuffled(self.shuffle_seed)[:used]
-        for indices in order.to(self.targets.device).split(self.batch_size * (self.steps_per_execution or 1)):
+        self._done, self._resume_at = self._resume_at, 0
+        order = order[self._done * self.batch_size :].to(self.targets.device)
+        for indices in order.split(self.batch_size * (self.steps_per_execution or 1)):
             minibatches = Minibatches(self.inputs, self.targets, indices, self.batch_size)
+            self._done += len(minibatches)
             yield minibatches if self.steps_per_execution else next(iter(minibatches))
 
     def _shuffled(self, seed: int) -> Tensor:

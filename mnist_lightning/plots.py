@@ -18,7 +18,7 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
         titles: A title for each image.
         heading: Title of the whole figure.
     """
-    figure = Figure(figsize=(5, 5.4), layout="constrained")
+    figure = Figure(figsize=(5, 5.6), layout="constrained")
     figure.suptitle(heading)
     for index, axes in enumerate(figure.subplots(3, 3).flat):
         axes.axis("off")
@@ -39,9 +39,9 @@ def confusion_matrix(counts: Tensor, heading: str) -> Figure:
     """
     figure = Figure(figsize=(6.4, 6.2), layout="constrained")
     axes = figure.subplots()
-    # Coloured by the share of the row's mistakes: on the counts themselves the diagonal would drown everything else.
+    # Coloured by mistakes alone: the diagonal's counts would drown everything else.
     mistakes = counts.float().fill_diagonal_(0)
-    axes.imshow((mistakes / mistakes.max().clamp(min=1)).numpy(), cmap="Reds", vmin=0, vmax=1.4)
+    axes.imshow((mistakes / mistakes.max().clamp(min=1)).numpy(), cmap="Reds", vmin=0, vmax=1.8)
     for true in range(CLASSES):
         for predicted in range(CLASSES):
             count = int(counts[true, predicted])
@@ -55,7 +55,13 @@ def confusion_matrix(counts: Tensor, heading: str) -> Figure:
                 weight="bold" if true == predicted else "normal",
                 fontsize=9,
             )
-    axes.set(title=heading, xlabel="predicted", ylabel="true", xticks=range(CLASSES), yticks=range(CLASSES))
+    axes.set(
+        title=heading,
+        xlabel="predicted (the redder, the more mistakes)",
+        ylabel="true",
+        xticks=range(CLASSES),
+        yticks=range(CLASSES),
+    )
     axes.tick_params(length=0)
     return figure
 

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Generator, Tensor
-from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5, check_integrity
 
 VERSION = 1  # raise when the digits change; caches of another version are made again
@@ -194,39 +193,28 @@ def _ink(dots: Tensor, generator: Generator) -> Tensor:
     return (255 * canvas).round().to(torch.uint8).view(-1, CANVAS, CANVAS)
 
 
-class SyntheticMNIST(MNIST):
-    """Digits of `draw_digits` in the files of `torchvision.datasets.MNIST`, which "downloading" makes."""
+def make(directory: Path) -> None:
+    """Draw the training and the test file from fixed seeds, with a progress bar, and note their MD5 sums."""
+    md5 = {}
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("Drawing stand-in digits", total=sum(SIZES.values()))
+        for seed, (split, size) in enumerate(SIZES.items()):
+            images, labels = draw_digits(size, seed, lambda drawn: bar.advance(task, drawn))
+            for name, values in {"images-idx3": images, "labels-idx1": labels.to(torch.uint8)}.items():
+                path = directory / f"{split}-{name}-ubyte"
+                # The IDX format: 0, 0, the type (8 is unsigned bytes), the rank, each dimension; then the values.
+                header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+                path.write_bytes(header + values.numpy().tobytes())
+                md5[path.name] = calculate_md5(path)
+    (directory / MANIFEST).write_text(json.dumps({"version": VERSION, "md5": md5}, indent=4))
 
-    @classmethod
-    def is_cached(cls, root: Path) -> bool:
-        """Whether whole files of this `VERSION` lie under `root`."""
-        raw = cls.folder(root)
-        try:
-            manifest = json.loads((raw / MANIFEST).read_text())
-            return manifest["version"] == VERSION and all(
-                check_integrity(raw / name, manifest["md5"][name]) for name in FILES
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
-    @classmethod
-    def folder(cls, root: Path) -> Path:
-        """Where the files lie under `root`."""
-        return root / cls.__name__ / "raw"
-
-    def download(self) -> None:
-        """Draw 60,000 and 10,000 digits from fixed seeds, with a progress bar; write the files and their MD5 sums."""
-        raw = self.folder(Path(self.root))
-        raw.mkdir(parents=True)
-        md5 = {}
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("Drawing stand-in digits", total=sum(SIZES.values()))
-            for seed, (split, size) in enumerate(SIZES.items()):
-                images, labels = draw_digits(size, seed, lambda drawn: bar.advance(task, drawn))
-                for name, values in {"images-idx3": images, "labels-idx1": labels.to(torch.uint8)}.items():
-                    path = raw / f"{split}-{name}-ubyte"
-                    # The IDX format: 0, 0, the type (8 is unsigned bytes), the rank, each dimension; then the values.
-                    header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
-                    path.write_bytes(header + values.numpy().tobytes())
-                    md5[path.name] = calculate_md5(path)
-        (raw / MANIFEST).write_text(json.dumps({"version": VERSION, "md5": md5}, indent=4))
+def is_complete(directory: Path) -> bool:
+    """Whether the files that `make` of this `VERSION` leaves are there, undamaged."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        return manifest["version"] == VERSION and all(
+            check_integrity(directory / name, manifest["md5"][name]) for name in FILES
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -10,7 +10,7 @@ import torch
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning import datamodule, synthetic
+from mnist_lightning import files, synthetic
 from mnist_lightning.cli import main
 from mnist_lightning.datamodule import MNISTDataModule
 
@@ -47,11 +47,11 @@ def fake_mnist(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     sums = {}
-    for name in datamodule.MNIST_MD5:
-        content = (synthetic.SyntheticMNIST.folder(root) / name).read_bytes()
+    for name in files.MNIST_MD5:
+        content = (root / "synthetic" / "raw" / name).read_bytes()
         (raw / name).write_bytes(content)
         sums[name] = calculate_md5(raw / name)
-    monkeypatch.setattr(datamodule, "MNIST_MD5", sums)
+    monkeypatch.setattr(files, "MNIST_MD5", sums)
     return tmp_path
 
 

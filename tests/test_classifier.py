@@ -1,4 +1,5 @@
 import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import VAL_SIZE
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.fused import fused_step
+from mnist_lightning.fused import FusedStep
 from mnist_lightning.loader import Minibatch
-from mnist_lightning.model import MLP
 
 
 class Recorder(Callback):
@@ -86,23 +86,47 @@ class Hooked(Callback):
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_the_fused_step_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    made: list[int] = []
+    sizes: list[int] = []
 
-    def make(network: MLP, optimizer: LightningOptimizer, batch_size: int) -> Any:
-        made.append(batch_size)
-        return fused_step(network, optimizer, batch_size)
+    class Spy(FusedStep):
+        def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+            sizes.append(len(labels))
+            return super().__call__(images, labels)
 
-    monkeypatch.setattr("mnist_lightning.classifier.fused_step", make)
+    monkeypatch.setattr("mnist_lightning.fused.FusedStep", Spy)
     fused = train(root, precision=precision, log_every_n_steps=3)
-    assert made
-    made.clear()
+    assert sizes == [100] * 19  # not the first step, which makes Adam's state, and not the two minibatches of 50
     plain = train(root, precision=precision, log_every_n_steps=3, fused=False)
-    assert not made
+    assert len(sizes) == 19
     assert torch.equal(weights(fused[1]), weights(plain[1]))
     assert fused[2].points == plain[2].points
     assert fused[0].global_step == plain[0].global_step
     for a, b in zip(*(t.optimizers[0].state.values() for t in (fused[0], plain[0])), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def edited_forward(self: MNISTClassifier, images: Tensor) -> Tensor:
+    logits: Tensor = self.mlp.output(F.gelu(self.mlp.hidden(images)))
+    return logits
+
+
+def edited_optimizer(self: MNISTClassifier) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": self.mlp.hidden.parameters()},
+        {"params": self.mlp.output.parameters(), "lr": 0.01},
+    ]
+    return torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+
+
+@pytest.mark.parametrize("edit", [{"forward": edited_forward}, {"configure_optimizers": edited_optimizer}])
+def test_whoever_changes_the_network_or_the_optimizer_gets_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, edit: dict[str, Any]
+) -> None:
+    original = weights(train(root)[1])
+    for name, function in edit.items():
+        monkeypatch.setattr(MNISTClassifier, name, function)
+    assert torch.equal(weights(train(root)[1]), weights(train(root, fused=False)[1]))
+    assert not torch.equal(weights(train(root)[1]), original)
 
 
 def test_hooks_on_steps_are_called(root: Path) -> None:
@@ -190,9 +214,32 @@ def test_a_trainer_keeps_its_settings_for_the_next_fit(root: Path) -> None:
     assert (trainer.limit_train_batches, trainer.val_check_interval) == (0.5, 4)
 
 
+def test_validating_first_or_failing_once_does_not_disturb_them(root: Path) -> None:
+    class FailOnce(Callback):
+        failed = False
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if not self.failed:
+                self.failed = True
+                raise KeyError
+
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, val_check_interval=0.5, limit_train_batches=8, num_sanity_val_steps=0,
+        callbacks=[FailOnce(), recorder], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    data = MNISTDataModule("synthetic", str(root), steps_per_execution=4, val_size=VAL_SIZE)
+    model = MNISTClassifier(hidden_dim=20)
+    trainer.validate(model, datamodule=data, verbose=False)
+    with pytest.raises(KeyError):
+        trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data)
+    assert recorder.validated == [0, 4, 8]
+
+
 @pytest.mark.parametrize("settings", [{"val_check_interval": 12}, {"limit_train_batches": 0.01}])
 def test_settings_that_no_epoch_can_meet_are_refused(root: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(settings))}.* 11 minibatches"):
+    with pytest.raises(MisconfigurationException, match=f"{next(iter(settings))}.* 11 minibatches"):
         train(root, **settings)
 
 
@@ -213,6 +260,31 @@ def test_early_stopping_stops(root: Path) -> None:
     stop = EarlyStopping("val/acc", mode="max", patience=1, min_delta=1.0)
     trainer, _, _ = train(root, callbacks=(stop,), max_epochs=9)
     assert trainer.global_step == 22
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_validation_in_mid_epoch_saves_and_stops(root: Path, tmp_path: Path, steps_per_execution: int) -> None:
+    settings: dict[str, Any] = {"limit_train_batches": 8, "val_check_interval": 4}
+    stop = EarlyStopping("val/acc", mode="max", patience=2, min_delta=1.0)
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", monitor="val/acc", save_top_k=-1)
+    trainer, _, _ = train(
+        root, steps_per_execution, (stop, checkpoint), max_epochs=9, enable_checkpointing=True, **settings
+    )
+    assert trainer.global_step == 12
+    assert {path.name for path in tmp_path.iterdir()} == {"step=4.ckpt", "step=8.ckpt", "step=12.ckpt"}
+
+
+def test_checkpoints_by_time_are_refused(root: Path) -> None:
+    checkpoint = ModelCheckpoint(train_time_interval=timedelta(seconds=1))
+    with pytest.raises(MisconfigurationException, match="train_time_interval"):
+        train(root, callbacks=(checkpoint,), enable_checkpointing=True)
+
+
+def test_plain_dataloaders_are_refused_in_one_sentence(data: MNISTDataModule) -> None:
+    data.setup("fit")
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(TypeError, match="MNISTDataModule"):
+        trainer.fit(MNISTClassifier(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data.train)))
 
 
 def test_training_metrics_reach_callbacks(root: Path) -> None:

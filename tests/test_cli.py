@@ -34,6 +34,12 @@ README = Path(__file__).parent.parent / "README.md"
         (["fit", "--ckpt_path=last"], "last.ckpt"),
         (["test", "--ckpt_path=best"], "best.ckpt"),
         (["test", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["test", f"--ckpt_path={README}"], "README.md"),
+        (["test"], "ckpt_path"),
+        (["fit", f"--config={README.parent / 'LICENSE'}"], "config"),
+        (["fit", f"--config={README.parent / '.github/assets/misclassified.png'}"], "config"),
+        (["fit", "--trainer.max_epochs=two"], "trainer.max_epochs"),
+        (["fit", "--trainer.devices=2"], "trainer.devices"),
         (["learn"], "learn"),
         (["data", "--data.val_size=0"], "val_size"),
     ],
@@ -60,6 +66,16 @@ def test_damaged_data_fails_before_there_is_a_run(
     assert err.count("\n") == 1
     assert str(path) in err
     assert not (fake_mnist / "lightning_logs").exists()
+
+
+def test_directories_of_other_names_are_no_runs(
+    run_cli: RunCLI, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "lightning_logs/version_0_backup/checkpoints/best.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"")
+    assert run_cli("test", "--ckpt_path=best") == 2
+    assert "no best.ckpt" in capfd.readouterr().err
 
 
 def test_the_debug_variable_brings_the_traceback(run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from conftest import SMALL, VAL_SIZE
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning import datamodule, synthetic
-from mnist_lightning.datamodule import DataError, MNISTDataModule, UnreachableError
-from mnist_lightning.synthetic import SyntheticMNIST
+from mnist_lightning import files, synthetic
+from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.files import DataError, UnreachableError
 
 
 def prepare(dataset: str, root: Path) -> MNISTDataModule:
@@ -35,8 +35,9 @@ def stalling_mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_validation_is_the_beginning_of_the_training_file(root: Path) -> None:
     data = prepare("synthetic", root)
-    file = SyntheticMNIST(str(root), train=True)
-    images, labels = file.data.flatten(1) / 255, file.targets
+    content = (root / "synthetic" / "raw" / "train-images-idx3-ubyte").read_bytes()[16:]
+    images = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, 784) / 255
+    labels = torch.tensor(list((root / "synthetic" / "raw" / "train-labels-idx1-ubyte").read_bytes()[8:]))
     assert torch.equal(data.val[0], images[:VAL_SIZE])
     assert torch.equal(data.val[1], labels[:VAL_SIZE])
     assert torch.equal(data.train[0], images[VAL_SIZE:])
@@ -82,10 +83,10 @@ def test_without_network_auto_falls_back_with_a_warning(tmp_path: Path, capsys: 
 def test_mnist_never_falls_back(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match="MNIST is not there, and the download failed"):
         prepare("mnist", tmp_path)
-    assert not (tmp_path / "SyntheticMNIST").exists()
+    assert not (tmp_path / "synthetic").exists()
 
 
-@pytest.mark.parametrize("name", list(datamodule.MNIST_MD5))
+@pytest.mark.parametrize("name", list(files.MNIST_MD5))
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_damaged_files_are_an_error_and_never_a_reason_to_fall_back(fake_mnist: Path, name: str, damage: str) -> None:
     path = fake_mnist / "MNIST" / "raw" / name
@@ -108,7 +109,7 @@ def test_a_damaged_file_is_unpacked_again_from_its_gzipped_form(
 ) -> None:
     raw = fake_mnist / "MNIST" / "raw"
     resources = []
-    for name in datamodule.MNIST_MD5:
+    for name in files.MNIST_MD5:
         with gzip.open(raw / f"{name}.gz", "wb") as file:
             file.write((raw / name).read_bytes())
         resources.append((f"{name}.gz", calculate_md5(raw / f"{name}.gz")))
@@ -122,9 +123,9 @@ def test_a_damaged_file_is_unpacked_again_from_its_gzipped_form(
 def test_a_mirror_that_stalls_is_given_up(
     tmp_path: Path, stalling_mirror: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert datamodule.DOWNLOAD_TIMEOUT < 30
-    monkeypatch.setattr(datamodule, "MIRROR_TIMEOUT", 60.0)
-    monkeypatch.setattr(datamodule, "DOWNLOAD_TIMEOUT", 0.5)
+    assert files.DOWNLOAD_TIMEOUT < 30
+    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 60.0)
+    monkeypatch.setattr(files, "DOWNLOAD_TIMEOUT", 0.5)
     start = time.monotonic()
     with pytest.raises(UnreachableError, match="nothing arrived"):
         prepare("mnist", tmp_path)
@@ -133,7 +134,7 @@ def test_a_mirror_that_stalls_is_given_up(
 
 
 def test_the_mirrors_sockets_time_out(tmp_path: Path, stalling_mirror: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datamodule, "MIRROR_TIMEOUT", 0.2)
+    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 0.2)
     with pytest.raises(UnreachableError, match="timed out"):
         prepare("mnist", tmp_path)
 
@@ -146,7 +147,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_the_stand_in_is_made_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SyntheticMNIST, "download", lambda self: pytest.fail("makes them again"))
+    monkeypatch.setattr(synthetic, "make", lambda directory: pytest.fail("makes them again"))
     prepare("synthetic", root)
 
 
@@ -155,14 +156,15 @@ def test_the_stand_in_is_remade_when_it_is_old_or_damaged(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
-    labels = SyntheticMNIST.folder(tmp_path) / "t10k-labels-idx1-ubyte"
+    raw = tmp_path / "synthetic" / "raw"
+    labels = raw / "t10k-labels-idx1-ubyte"
     expected = labels.read_bytes()
     labels.write_bytes(expected[:-1] + b"\xff")
     if change == "version":
         monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
-    assert not SyntheticMNIST.is_cached(tmp_path)
+    assert not synthetic.is_complete(raw)
     prepare("synthetic", tmp_path)
-    assert SyntheticMNIST.is_cached(tmp_path)
+    assert synthetic.is_complete(raw)
     assert labels.read_bytes() == expected
 
 
@@ -170,7 +172,7 @@ def test_the_data_may_be_made_twice_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         for data in pool.map(prepare, ["synthetic"] * 3, [tmp_path] * 3):
             assert len(data.test[1]) == SMALL["t10k"]
-    assert SyntheticMNIST.is_cached(tmp_path)
+    assert synthetic.is_complete(tmp_path / "synthetic" / "raw")
 
 
 @pytest.mark.parametrize(

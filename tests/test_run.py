@@ -176,17 +176,135 @@ def test_best_and_last_mean_the_newest_run(run_cli: RunCLI, tmp_path: Path, caps
     assert {row["digit"] for row in rows} <= set("0123456789")
 
 
-def test_a_resumed_run_goes_on_in_its_directory(run_cli: RunCLI, tmp_path: Path) -> None:
-    whole, half = tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1"
-    assert run_cli("fit", "--trainer.max_epochs=4") == 0
-    assert run_cli("fit", "--trainer.max_epochs=2") == 0
-    assert run_cli("fit", "--trainer.max_epochs=4", "--ckpt_path=last") == 0
-    first, second = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (whole, half))
-    assert first["global_step"] == second["global_step"] == 44
+def load(run: Path, name: str = "last") -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return checkpoint
+
+
+def assert_same_training(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first["global_step"] == second["global_step"]
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name])
-    assert steps(half, "val/acc") == [11, 22, 33, 44]
-    assert json.loads((half / "results.json").read_text())["iterations"] == 44
+    (a,), (b,) = first["optimizer_states"], second["optimizer_states"]
+    for state, other in zip(a["state"].values(), b["state"].values(), strict=True):
+        assert all(torch.equal(state[key], other[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_a_resumed_run_goes_on_in_its_directory_as_if_never_stopped(run_cli: RunCLI, tmp_path: Path) -> None:
+    whole, half = tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1"
+    settings = ["--data.steps_per_execution=3", "--trainer.log_every_n_steps=2"]
+    assert run_cli("fit", "--trainer.max_epochs=4", *settings) == 0
+    assert run_cli("fit", "--trainer.max_epochs=2", *settings) == 0
+    assert run_cli("fit", "--trainer.max_epochs=4", "--ckpt_path=last", *settings) == 0
+    assert_same_training(load(whole), load(half))
+    assert steps(half, "val/acc") == steps(whole, "val/acc") == [11, 22, 33, 44]
+    assert steps(half, "train/loss") == steps(whole, "train/loss")
+    results = [json.loads((run / "results.json").read_text()) for run in (whole, half)]
+    assert all(results[0][key] == results[1][key] for key in results[0] if key != "train_seconds")
+    assert yaml.safe_load((half / "config.yaml").read_text())["ckpt_path"] is None
+
+
+@pytest.mark.parametrize("every", [5, 6])
+def test_resuming_in_mid_epoch_goes_on_with_the_next_minibatch(run_cli: RunCLI, tmp_path: Path, every: int) -> None:
+    saves = [
+        "--trainer.callbacks+=ModelCheckpoint",
+        f"--trainer.callbacks.every_n_train_steps={every}",
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.dirpath=mine",
+        "--trainer.callbacks.filename={step}",
+    ]
+    settings = ["--trainer.limit_train_batches=9", "--data.steps_per_execution=3", "--trainer.max_epochs=3"]
+    assert run_cli("fit", *settings, *saves) == 0
+    checkpoint = f"--ckpt_path=mine/step={3 * every}.ckpt"
+    assert run_cli("fit", *settings, *saves, checkpoint) == 0
+    assert_same_training(*(load(tmp_path / f"lightning_logs/version_{i}") for i in (0, 1)))
+    if every == 6:  # lists of 3 there, of 2 here
+        assert run_cli("fit", *settings, *saves, checkpoint, "--data.steps_per_execution=2") == 0
+        assert run_cli("fit", *settings, *saves, "--ckpt_path=mine/step=6.ckpt", "--data.steps_per_execution=1") == 2
+
+
+def test_a_run_that_max_steps_ended_in_mid_epoch_is_not_resumed(
+    run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=4", "--trainer.max_steps=17") == 0
+    assert run_cli("fit", "--trainer.max_epochs=4", "--ckpt_path=last") == 2
+    assert "max_steps" in capsys.readouterr().err
+
+
+def test_the_last_checkpoint_is_the_last_state_also_when_another_was_best(run_cli: RunCLI, tmp_path: Path) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=6", "--model.learning_rate=0.2", "--test_after_fit=false") == 0
+    run = tmp_path / "lightning_logs/version_0"
+    accuracies = [event.value for event in events(run).Scalars("val/acc")]
+    best = accuracies.index(max(accuracies)) + 1
+    assert best < 6, "the last epoch was the best; the test needs another seed"
+    assert (load(run)["global_step"], load(run, "best")["global_step"]) == (66, 11 * best)
+
+
+def test_resuming_with_other_settings_is_refused(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=30") == 0
+    for setting in ("--data.batch_size=50", "--seed_everything=3", "--model.learning_rate=0.5"):
+        capsys.readouterr()
+        assert run_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last", setting) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "checkpoint was trained with" in err
+
+
+def test_resuming_a_run_of_another_place_leaves_the_runs_here_alone(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
+    runs = tmp_path / "there/lightning_logs"
+    before = (runs / "version_0/checkpoints/last.ckpt").read_bytes()
+    other = tmp_path / "here/lightning_logs/version_0/checkpoints/last.ckpt"
+    assert run_cli("fit", "--trainer.max_epochs=2", f"--ckpt_path={other}") == 0
+    assert (runs / "version_0/checkpoints/last.ckpt").read_bytes() == before
+    assert load(runs / "version_1")["global_step"] == 22
+
+
+def test_results_of_the_last_weights_after_resuming(run_cli: RunCLI, tmp_path: Path) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1") == 0
+    assert run_cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last", "--test_weights=last") == 0
+    run = tmp_path / "lightning_logs/version_0"
+    results = json.loads((run / "results.json").read_text())
+    assert results["val/acc"] == pytest.approx(events(run).Scalars("val/acc")[-1].value)
+
+
+def test_a_users_checkpoints_are_not_taken_for_the_best(run_cli: RunCLI, tmp_path: Path) -> None:
+    ours = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+    assert run_cli("fit", "--trainer.max_epochs=2", *ours, "--trainer.callbacks.dirpath=mine") == 0
+    run = tmp_path / "lightning_logs/version_0"
+    results = json.loads((run / "results.json").read_text())
+    assert results["val/acc"] == pytest.approx(max(event.value for event in events(run).Scalars("val/acc")))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
+def test_precisions_run_with_everything_on(run_cli: RunCLI, tmp_path: Path, precision: str) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=2", f"--trainer.precision={precision}") == 0
+    assert events(tmp_path / "lightning_logs/version_0").Tags()["graph"]
+
+
+def test_a_test_says_what_was_trained_on_what(
+    run_cli: RunCLI, tmp_path: Path, fake_mnist: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1") == 0
+    mnist = ["--data.dataset=mnist", f"--data.root={fake_mnist}", "--data.val_size=200"]
+    capsys.readouterr()
+    assert run_cli("test", "--ckpt_path=best", *mnist, data=False) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["Weights of iteration 11, trained on stand-in digits (not MNIST)", "Reading MNIST"]
+    run = tmp_path / "lightning_logs/version_1"
+    results = json.loads((run / "results.json").read_text())
+    assert (results["dataset"], results["iterations"]) == ("mnist", 11)
+    assert "val/acc" not in results
+    assert steps(run, "test/acc") == [11]
+
+
+def test_the_users_progress_bar_replaces_ours(run_cli: RunCLI) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--trainer.callbacks+=TQDMProgressBar") == 0
 
 
 def test_the_csv_logger_gets_the_same_metrics(run_cli: RunCLI, tmp_path: Path) -> None:

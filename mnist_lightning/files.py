@@ -1,0 +1,153 @@
+"""The data's files: download MNIST, verify it, make its stand-in where there is no network, and read either."""
+
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from rich.console import Console
+from rich.panel import Panel
+from torch import Tensor
+from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity
+
+from mnist_lightning import synthetic
+
+NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
+
+# MD5 sums of the unpacked files; torchvision knows those of the gzipped ones.
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+# A mirror that sends nothing for so long is given up, and so is the whole download.
+MIRROR_TIMEOUT, DOWNLOAD_TIMEOUT = 10.0, 25.0
+
+
+class DataError(RuntimeError):
+    """Files that are damaged, missing or cannot be written; the message names them and says what to do."""
+
+
+class UnreachableError(DataError):
+    """There is nothing of MNIST on disk, and it could not be downloaded either."""
+
+
+def get(dataset: Literal["auto", "mnist", "synthetic"], root: Path) -> Path:
+    """Have whole and verified files on disk; return the directory that they lie in.
+
+    Args:
+        dataset: `mnist` downloads what is missing or damaged. `synthetic` makes the stand-in once. `auto` is `mnist`,
+            or `synthetic` with a warning where nothing of MNIST is on disk and it cannot be downloaded.
+        root: Where MNIST lies in `MNIST/raw/`, as `torchvision.datasets.MNIST` has it, and the stand-in beside it.
+
+    Raises:
+        DataError: The files are damaged or missing and cannot be fetched, or the directory cannot be written.
+    """
+    try:
+        if dataset != "synthetic":
+            try:
+                return _get_mnist(root)
+            except UnreachableError as error:
+                if dataset == "mnist":
+                    raise
+                _warn_of_stand_in(error)
+        return _get_synthetic(root)
+    except OSError as error:
+        raise DataError(f"{error.filename or root}: {error.strerror or error}; see --data.root") from error
+
+
+def dataset_in(raw: Path) -> Literal["mnist", "synthetic"]:
+    """Which dataset the directory that `get` returned holds."""
+    return "mnist" if raw.parent.name == "MNIST" else "synthetic"
+
+
+def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """Read images, (N, 784) float32 in [0, 1], and labels, (N,) int64, of the training or the test file."""
+    images = read_image_file(str(raw / f"{file}-images-idx3-ubyte"))
+    return images.flatten(1).float().div_(255), read_label_file(str(raw / f"{file}-labels-idx1-ubyte"))
+
+
+def _get_mnist(root: Path) -> Path:
+    raw = root / "MNIST" / "raw"
+    bad = [raw / name for name, md5 in MNIST_MD5.items() if not check_integrity(raw / name, md5)]
+    if not bad:
+        return raw
+    present = [path for name in MNIST_MD5 for path in (raw / name, raw / f"{name}.gz") if path.exists()]
+    raw.mkdir(parents=True, exist_ok=True)
+    # Everything is made in a directory of its own and moved when it is whole: a killed download leaves nothing that
+    # could be taken for MNIST, and two downloads at once do not meet.
+    with TemporaryDirectory(dir=root, prefix=".download-", ignore_cleanup_errors=True) as directory:
+        stage = Path(directory, "MNIST", "raw")
+        stage.mkdir(parents=True)
+        for path in raw.glob("*.gz"):
+            shutil.copy(path, stage)
+        failure = _download(directory)
+        fetched = [stage / name for name, md5 in MNIST_MD5.items() if check_integrity(stage / name, md5)]
+        if len(fetched) < len(MNIST_MD5):
+            reason = failure or "the files do not have the known MD5 sums"
+            if not present:
+                raise UnreachableError(f"{raw}: MNIST is not there, and the download failed: {reason}")
+            state = "is damaged" if bad[0].exists() else "is missing or damaged"
+            raise DataError(f"{bad[0]} {state}, and fetching it again failed: {reason}; delete it or go online")
+        for path in fetched:
+            path.replace(raw / path.name)
+    return raw
+
+
+def _download(root: str) -> str:
+    """Let torchvision download into `root`; return what went wrong in one line, or nothing."""
+    failure = ""
+
+    def fetch() -> None:
+        nonlocal failure
+        try:
+            MNIST(root, download=True)
+        except Exception as error:  # whatever a mirror may answer
+            failure = " ".join(str(error).split()) or type(error).__name__
+
+    # torchvision sets no time limit, and no socket's would cover looking up a name or a host with many addresses.
+    thread = threading.Thread(target=fetch, daemon=True)
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(MIRROR_TIMEOUT)
+    try:
+        thread.start()
+        size, since = -1, time.monotonic()
+        while thread.is_alive() and time.monotonic() - since < DOWNLOAD_TIMEOUT:
+            thread.join(0.1)
+            now = sum(path.stat().st_size for path in Path(root).rglob("*"))
+            if now != size:
+                size, since = now, time.monotonic()
+    finally:
+        socket.setdefaulttimeout(default)
+    return f"nothing arrived for {DOWNLOAD_TIMEOUT:.0f} s" if thread.is_alive() else failure
+
+
+def _get_synthetic(root: Path) -> Path:
+    raw = root / "synthetic" / "raw"
+    if not synthetic.is_complete(raw):
+        raw.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=root, prefix=".make-") as directory:
+            synthetic.make(Path(directory))
+            for path in Path(directory).iterdir():
+                path.replace(raw / path.name)
+    return raw
+
+
+def _warn_of_stand_in(error: UnreachableError) -> None:
+    Console(stderr=True).print(
+        Panel(
+            f"{error}\n\n"
+            "Training on digits made on this machine instead. [bold]Results on them are not MNIST results.[/bold]\n\n"
+            "To get MNIST, go online and run [bold]python -m mnist_lightning data --data.dataset mnist[/bold], or copy "
+            "its four files to MNIST/raw/ under --data.root.",
+            title="[bold]NOT MNIST[/bold]",
+            border_style="bold red",
+        )
+    )
