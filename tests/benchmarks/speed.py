@@ -4,25 +4,26 @@
     python tests/benchmarks/speed.py --root data --scaling
 
 All contestants train on the same 55,000 images with the same recipe, an epoch each in turn, so that a machine that gets
-slower gets slower for all; then each reads the test set, so that nobody is fast by doing less. JAX, Keras (on
-TensorFlow) and scikit-learn take part where they are installed.
+slower gets slower for all; then each reads the test set, so that nobody is fast by doing less. Each has a process
+of its own: thread pools in one process would slow each other down. JAX, Keras (on TensorFlow) and scikit-learn take
+part where they are installed.
 """
 
 import argparse
 import contextlib
 import logging
-import math
+import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -36,46 +37,54 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
+from mnist_lightning import files
 from mnist_lightning.callbacks import Report
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 
 Split = tuple[Tensor, Tensor]
-# First the seconds of each epoch, then, when there are no more, the accuracy on the test set.
-Contestant = Iterator[float]
 
 
 class synthetic(MNIST):  # noqa: N801
     """The stand-in digits: torchvision reads the files in the directory of the class's name."""
 
 
-class Turns(pl.Callback):
-    """Makes a Trainer wait for its turn before each epoch, and reports the seconds from its first to its last step."""
+class Turns:
+    """One side of the pipe between a contestant and the main process."""
 
-    def __init__(self) -> None:
-        self.turn: SimpleQueue[None] = SimpleQueue()
-        self.seconds: SimpleQueue[float] = SimpleQueue()
+    def __init__(self, pipe: Connection, epochs: int) -> None:
+        self.pipe = pipe
+        self.epochs = epochs
+
+    def wait(self) -> None:
+        """Be ready for an epoch, and wait until it is this contestant's turn."""
+        self.pipe.send("ready")
+        self.pipe.recv()
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Wait for the turn, and report how long what follows took."""
+        self.wait()
+        start = time.perf_counter()
+        yield
+        self.pipe.send(time.perf_counter() - start)
+
+
+class TakeTurns(pl.Callback):
+    """Makes a Trainer take turns; its epoch is timed from the first to the last of its batches."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.turn.get()
+        self.turns.wait()
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.end = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds.put(self.end - self.start)
-
-
-def fit_in_turns(epochs: int, fit: Callable[[Turns], None], accuracy: Callable[[], float]) -> Contestant:
-    turns = Turns()
-    thread = threading.Thread(target=fit, args=(turns,), daemon=True)
-    thread.start()
-    for _ in range(epochs):
-        turns.turn.put(None)
-        yield turns.seconds.get()
-    thread.join()
-    yield accuracy()
+        self.turns.pipe.send(self.end - self.start)
 
 
 def read_accuracy(network: nn.Module, test: Split) -> float:
@@ -92,62 +101,40 @@ def plain_network(hidden: int) -> nn.Sequential:
     return network
 
 
-def reference(train: Split, test: Split, epochs: int, hidden: int = 200, batch_size: int = 100) -> Contestant:
+def reference(turns: Turns, data: MNISTDataModule, hidden: int = 200) -> float:
     """A plain PyTorch loop over resident tensors, denormals flushed, nothing logged."""
     torch.manual_seed(0)
-    images, labels = train
+    images, labels = data.train
     network = plain_network(hidden)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
-    for _ in range(epochs):
-        start = time.perf_counter()
-        for index in torch.randperm(len(labels)).split(batch_size):
-            loss = F.cross_entropy(network(images.index_select(0, index)), labels.index_select(0, index))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        yield time.perf_counter() - start
-    yield read_accuracy(network, test)
+    for _ in range(turns.epochs):
+        with turns.take():
+            for index in torch.randperm(len(labels)).split(data.batch_size):
+                loss = F.cross_entropy(network(images.index_select(0, index)), labels.index_select(0, index))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return read_accuracy(network, data.test)
 
 
-def this_project(
-    train: Split, test: Split, epochs: int, hidden: int = 200, batch_size: int = 100, fused: bool = True
-) -> Contestant:
+def this_project(turns: Turns, data: MNISTDataModule, hidden: int = 200, fused: bool = True) -> float:
     """With TensorBoard, checkpoints and the console report."""
     pl.seed_everything(0)
-
-    class Resident(MNISTDataModule):
-        def prepare_data(self) -> None:
-            pass
-
-        def setup(self, stage: str) -> None:
-            self.save_hyperparameters({"dataset": "mnist"})
-            self.train, self.val = train, (train[0][:5000], train[1][:5000])
-            self.iterations_per_epoch = math.ceil(len(train[1]) / self.batch_size)
-            assert self.trainer
-            self._count_minibatches(self.trainer)
-
     model = MNISTClassifier(hidden_dim=hidden, fused_step=fused)
-
-    def fit(turns: Turns) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            checkpoint = pl.callbacks.ModelCheckpoint(monitor="val/acc", mode="max", filename="best", save_last=True)
-            pl.Trainer(
-                accelerator="cpu",
-                max_epochs=epochs,
-                log_every_n_steps=100,
-                num_sanity_val_steps=0,
-                logger=pl.loggers.TensorBoardLogger(directory),
-                callbacks=[turns, Report(), checkpoint],
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            ).fit(model, datamodule=Resident(batch_size=batch_size))
-
-    return fit_in_turns(epochs, fit, lambda: read_accuracy(model, test))
-
-
-def this_project_unfused(train: Split, test: Split, epochs: int) -> Contestant:
-    """The same, every step through autograd and Lightning's optimizer."""
-    return this_project(train, test, epochs, fused=False)
+    with tempfile.TemporaryDirectory() as directory:
+        best = pl.callbacks.ModelCheckpoint(monitor="val/acc", mode="max", filename="best")
+        last = pl.callbacks.ModelCheckpoint(filename="last")
+        pl.Trainer(
+            accelerator="cpu",
+            max_epochs=turns.epochs,
+            log_every_n_steps=100,
+            num_sanity_val_steps=0,
+            logger=pl.loggers.TensorBoardLogger(directory),
+            callbacks=[TakeTurns(turns), Report(), best, last],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(model, datamodule=data)
+    return read_accuracy(model, data.test)
 
 
 class Documented(pl.LightningModule):
@@ -169,28 +156,30 @@ class Documented(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.001)
 
 
-def lightning_as_documented(source: type[MNIST], root: str, test: Split, epochs: int) -> Contestant:
+def lightning_as_documented(turns: Turns, data: MNISTDataModule) -> float:
     """torchvision's dataset, a `DataLoader`, `self.log` in each step."""
     pl.seed_everything(0)
-    dataset = torch.utils.data.Subset(source(root, transform=ToTensor()), range(5_000, 60_000))
+    source = MNIST if data.dataset_name == "MNIST" else synthetic
+    dataset = torch.utils.data.Subset(source(data.root, transform=ToTensor()), range(5_000, 60_000))
     model = Documented()
+    with tempfile.TemporaryDirectory() as directory:
+        pl.Trainer(
+            accelerator="cpu",
+            max_epochs=turns.epochs,
+            default_root_dir=directory,
+            callbacks=[TakeTurns(turns)],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(model, DataLoader(dataset, batch_size=100, shuffle=True))
+    return read_accuracy(model.network, data.test)
 
-    def fit(turns: Turns) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            pl.Trainer(
-                accelerator="cpu", max_epochs=epochs, default_root_dir=directory, callbacks=[turns],
-                enable_progress_bar=False, enable_model_summary=False,
-            ).fit(model, DataLoader(dataset, batch_size=100, shuffle=True))  # fmt: skip
 
-    return fit_in_turns(epochs, fit, lambda: read_accuracy(model.network, test))
-
-
-def jax_scan(train: Split, test: Split, epochs: int) -> Contestant:
+def jax_scan(turns: Turns, data: MNISTDataModule) -> float:
     """An epoch as one compiled `lax.scan`."""
     import jax
     import jax.numpy as jnp
 
-    images, labels = (jnp.asarray(tensor.numpy()) for tensor in train)
+    images, labels = (jnp.asarray(tensor.numpy()) for tensor in data.train)
     keys = jax.random.split(jax.random.key(0), 3)
     parameters = (
         0.01 * jax.random.truncated_normal(keys[0], -2, 2, (784, 200)),
@@ -221,15 +210,14 @@ def jax_scan(train: Split, test: Split, epochs: int) -> Contestant:
 
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     state = (parameters, zeros, zeros, jnp.float32(0))
-    for epoch in range(epochs):
-        start = time.perf_counter()
-        state = jax.block_until_ready(run_epoch(state, jax.random.fold_in(keys[2], epoch)))
-        yield time.perf_counter() - start
-    predictions = forward(state[0], jnp.asarray(test[0].numpy())).argmax(1)
-    yield float((predictions == jnp.asarray(test[1].numpy())).mean())
+    for epoch in range(turns.epochs):
+        with turns.take():
+            state = jax.block_until_ready(run_epoch(state, jax.random.fold_in(keys[2], epoch)))
+    predictions = forward(state[0], jnp.asarray(data.test[0].numpy())).argmax(1)
+    return float((predictions == jnp.asarray(data.test[1].numpy())).mean())
 
 
-def keras(train: Split, test: Split, epochs: int, steps_per_execution: int) -> Contestant:
+def keras(turns: Turns, data: MNISTDataModule, steps_per_execution: int) -> float:
     import keras
 
     keras.utils.set_random_seed(0)
@@ -246,34 +234,68 @@ def keras(train: Split, test: Split, epochs: int, steps_per_execution: int) -> C
         metrics=["accuracy"],
         steps_per_execution=steps_per_execution,
     )
-    (x, y), (test_x, test_y) = ((images.numpy(), labels.numpy()) for images, labels in (train, test))
-    for _ in range(epochs):
-        start = time.perf_counter()
-        model.fit(x, y, batch_size=100, epochs=1, verbose=0)
-        yield time.perf_counter() - start
-    yield float((model.predict(test_x, verbose=0).argmax(1) == test_y).mean())
+    (x, y), (test_x, test_y) = ((images.numpy(), labels.numpy()) for images, labels in (data.train, data.test))
+    for _ in range(turns.epochs):
+        with turns.take():
+            model.fit(x, y, batch_size=100, epochs=1, verbose=0)
+    return float((model.predict(test_x, verbose=0).argmax(1) == test_y).mean())
 
 
-def scikit_learn(train: Split, test: Split, epochs: int) -> Contestant:
+def scikit_learn(turns: Turns, data: MNISTDataModule) -> float:
     """`MLPClassifier` with its own initialisation."""
     from sklearn.neural_network import MLPClassifier
 
+    (x, y), (test_x, test_y) = ((images.numpy(), labels.numpy()) for images, labels in (data.train, data.test))
     model = MLPClassifier((200,), alpha=0, batch_size=100, random_state=0)
-    for _ in range(epochs):
-        start = time.perf_counter()
-        model.partial_fit(train[0].numpy(), train[1].numpy(), classes=range(10))
-        yield time.perf_counter() - start
-    yield float(model.score(test[0].numpy(), test[1].numpy()))
+    for _ in range(turns.epochs):
+        with turns.take():
+            model.partial_fit(x, y, classes=range(10))
+    return float(model.score(test_x, test_y))
 
 
-def in_turns(contestants: dict[str, Contestant], epochs: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Let each run an epoch in turn; return their seconds of each epoch and their accuracies."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+def read_tiled(read: Callable[..., Split], tiles: int, raw: Path, file: str) -> Split:
+    """Read a file with its training images several times over."""
+    images, labels = read(raw, file)
+    if file == "train":
+        images = torch.cat([images[:5_000], images[5_000:].repeat(tiles, 1)])
+        labels = torch.cat([labels[:5_000], labels[5_000:].repeat(tiles)])
+    return images, labels
+
+
+def contest(
+    pipe: Connection, contestant: Callable[..., float], settings: dict[str, Any], options: argparse.Namespace
+) -> None:
+    """Run one contestant in this process."""
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    settings = dict(settings)
+    files.read = partial(read_tiled, files.read, settings.pop("tiles", 1))
+    data = MNISTDataModule(options.dataset, options.root, settings.pop("batch_size", 100))
+    data.setup("fit")
+    data.setup("test")
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
-        for _ in range(epochs):
-            for name, contestant in contestants.items():
-                seconds[name].append(next(contestant))
-        return seconds, {name: next(contestant) for name, contestant in contestants.items()}
+        pipe.send(contestant(Turns(pipe, options.epochs), data, **settings))
+
+
+def in_turns(
+    contestants: dict[str, tuple[Callable[..., float], dict[str, Any]]], options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Let each run an epoch in turn; return their seconds of each epoch and their accuracies."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name, (contestant, settings) in contestants.items():
+        pipes[name], theirs = spawn.Pipe()
+        spawn.Process(target=contest, args=(theirs, contestant, settings, options), daemon=True).start()
+        theirs.close()  # so that a contestant that dies ends the pipe
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    for _ in range(options.epochs):
+        for pipe in pipes.values():
+            pipe.recv()
+        for name, pipe in pipes.items():
+            pipe.send("go")
+            seconds[name].append(pipe.recv())
+    return seconds, {name: pipe.recv() for name, pipe in pipes.items()}
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:
@@ -289,21 +311,21 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def compare(source: type[MNIST], root: str, train: Split, test: Split, epochs: int) -> None:
-    contestants = {
-        "plain PyTorch loop (reference)": reference(train, test, epochs),
-        "this project": this_project(train, test, epochs),
-        "this project, `--model.fused_step false`": this_project_unfused(train, test, epochs),
-        "Lightning as documented": lightning_as_documented(source, root, test, epochs),
+def compare(options: argparse.Namespace) -> None:
+    contestants: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
+        "plain PyTorch loop (reference)": (reference, {}),
+        "this project": (this_project, {}),
+        "this project, `--model.fused_step false`": (this_project, {"fused": False}),
+        "Lightning as documented": (lightning_as_documented, {}),
     }
     if find_spec("jax"):
-        contestants["JAX, one `lax.scan` an epoch"] = jax_scan(train, test, epochs)
+        contestants["JAX, one `lax.scan` an epoch"] = jax_scan, {}
     if find_spec("keras") and find_spec("tensorflow"):
         for steps in (1, 50):
-            contestants[f"Keras, `steps_per_execution={steps}`"] = keras(train, test, epochs, steps)
+            contestants[f"Keras, `steps_per_execution={steps}`"] = keras, {"steps_per_execution": steps}
     if find_spec("sklearn"):
-        contestants["scikit-learn"] = scikit_learn(train, test, epochs)
-    seconds, accuracies = in_turns(contestants, epochs)
+        contestants["scikit-learn"] = scikit_learn, {}
+    seconds, accuracies = in_turns(contestants, options)
     base = next(iter(seconds.values()))
     print("\n| | seconds an epoch | of the reference | test accuracy |\n| --- | --- | --- | --- |")
     for name, values in seconds.items():
@@ -312,21 +334,18 @@ def compare(source: type[MNIST], root: str, train: Split, test: Split, epochs: i
     print(f"\nThis project's last epoch took {ours[-1] / base[-1] / (ours[1] / base[1]):.2f} of its second's time.")
 
 
-def scaling(train: Split, test: Split, epochs: int) -> None:
+def scaling(options: argparse.Namespace) -> None:
     print("\n| hidden units | batch size | images | reference, s | this project, s | ratio |\n" + "| --- " * 6 + "|")
-    tiled = (train[0].repeat(10, 1), train[1].repeat(10))
-    settings = [(hidden, 100, train) for hidden in (50, 200, 800, 3200)]
-    settings += [(200, batch_size, train) for batch_size in (10, 1_000, 10_000)]
-    settings += [(200, 100, tiled)]
-    for hidden, batch_size, data in settings:
-        contestants = {
-            "reference": reference(data, test, epochs, hidden, batch_size),
-            "ours": this_project(data, test, epochs, hidden, batch_size),
-        }
-        seconds, _ = in_turns(contestants, epochs)
+    for settings in (
+        *({"hidden": hidden} for hidden in (50, 200, 800, 3200)),
+        *({"batch_size": batch_size} for batch_size in (10, 1_000, 10_000)),
+        {"tiles": 10},
+    ):
+        seconds, _ = in_turns({"reference": (reference, settings), "ours": (this_project, settings)}, options)
         base, ours = seconds.values()
-        medians = " | ".join(f"{statistics.median(values[1:]):.2f}" for values in (base, ours))
-        print(f"| {hidden} | {batch_size} | {len(data[1]):,} | {medians} | {ratio(ours, base):.2f} |", flush=True)
+        size = [settings.get("hidden", 200), settings.get("batch_size", 100), f"{55_000 * settings.get('tiles', 1):,}"]
+        medians = [f"{statistics.median(values[1:]):.2f}" for values in (base, ours)]
+        print("|", " | ".join(map(str, [*size, *medians, f"{ratio(ours, base):.2f}"])), "|", flush=True)
 
 
 def main() -> None:
@@ -336,22 +355,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="at least 2")
     parser.add_argument("--scaling", action="store_true", help="vary the size of network, minibatch and training set")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
     data = MNISTDataModule(options.dataset, options.root)
     data.prepare_data()
-    data.setup("fit")
-    data.setup("test")
     machine = f"{os.cpu_count()} cores of {processor()}"
-    print(f"{data.dataset_name}, {options.epochs} epochs, {machine}, torch {torch.__version__}")
-    if options.scaling:
-        scaling(data.train, data.test, options.epochs)
-    else:
-        compare(
-            MNIST if data.dataset_name == "MNIST" else synthetic, options.root, data.train, data.test, options.epochs
-        )
+    print(f"{data.dataset_name}, {options.epochs} epochs, {machine}, torch {torch.__version__}", flush=True)
+    (scaling if options.scaling else compare)(options)
 
 
 if __name__ == "__main__":
