@@ -276,6 +276,9 @@ def contest(
     data.setup("test")
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
         pipe.send(contestant(Turns(pipe, options.epochs), data, **settings))
+        # Until the main process ends: even ending would be work in another's turn.
+        with contextlib.suppress(EOFError):
+            pipe.recv()
 
 
 def in_turns(
@@ -288,14 +291,17 @@ def in_turns(
         pipes[name], theirs = spawn.Pipe()
         spawn.Process(target=contest, args=(theirs, contestant, settings, options), daemon=True).start()
         theirs.close()  # so that a contestant that dies ends the pipe
+    for pipe in pipes.values():
+        pipe.recv()  # ready
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    accuracies = {}
     for _ in range(options.epochs):
-        for pipe in pipes.values():
-            pipe.recv()
         for name, pipe in pipes.items():
             pipe.send("go")
             seconds[name].append(pipe.recv())
-    return seconds, {name: pipe.recv() for name, pipe in pipes.items()}
+            # Ready for the next epoch or, after the last one, the accuracy: nobody works in another's turn.
+            accuracies[name] = pipe.recv()
+    return seconds, accuracies
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:
