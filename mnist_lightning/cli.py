@@ -149,7 +149,9 @@ class CLI(LightningCLI):
             else:
                 kwargs["enable_progress_bar"] = False
         self._best = None
-        if self.subcommand == "fit" and config.enable_checkpointing is not False and not config.fast_dev_run:
+        if self.subcommand != "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            kwargs["enable_checkpointing"] = False
+        elif config.enable_checkpointing is not False and not config.fast_dev_run:
             self._best = ModelCheckpoint(filename="best", monitor="val/acc", mode="max", enable_version_counter=False)
             # Not `save_last`, which saves only where the best was saved too.
             last = ModelCheckpoint(filename="last", enable_version_counter=False)
