@@ -106,7 +106,7 @@ class MNISTClassifier(pl.LightningModule):
         # A negative `max_steps` means no limit.
         last = first + len(batch) if trainer.max_steps < 0 else min(first + len(batch), trainer.max_steps)
         measured = {}
-        # Not strict: `max_steps` may end training within the list.
+        # Not strict: `max_steps` may end training before the last minibatch.
         for iteration, (images, labels) in zip(range(first + 1, last + 1), batch, strict=False):
             logits = self._fused_or_step(images, labels)
             if log_every and iteration % log_every == 0:
@@ -123,15 +123,13 @@ class MNISTClassifier(pl.LightningModule):
         return {"points": points}
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        # This is what Lightning's automatic optimization does for each batch. Whoever changes it deletes fused.py.
+        # What Lightning's automatic optimization does for each batch. Should you change it, delete fused.py.
         optimizer = self._optimizer()
         logits: Tensor = self(images)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
-        # Autocast keeps the weights it has cast until the whole `training_step` ends.
-        torch.clear_autocast_cache()
         return logits.detach()
 
     def _fused_or_step(self, images: Tensor, labels: Tensor) -> Tensor:
