@@ -32,7 +32,7 @@ class IterationProgressBar(RichProgressBar):
     """Lightning's progress bar, counting iterations where Lightning counts its batches."""
 
     def __init__(self) -> None:
-        # More refreshes than a person can see would cost a tenth of the training time.
+        # Lightning's 100 refreshes a second are more than a person can see.
         super().__init__(refresh_rate=5, theme=RichProgressBarTheme(metrics_format=".2f"))
 
     @property
@@ -195,6 +195,9 @@ class Figures(Callback):
         images, labels, logits = (torch.cat(t).cpu().float() for t in (self._images, self._labels, self._logits))
         labels = labels.long()
         self._images, self._labels, self._logits = [], [], []
+        folder = run_directory(trainer)
+        if folder is None:
+            return
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
         correct = (predictions == labels).nonzero().squeeze(1)
         mistakes = (predictions != labels).nonzero().squeeze(1)
@@ -221,18 +224,11 @@ class Figures(Callback):
         if report and report.train:
             train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (report.train, report.val))
             figures["training_curves"] = plots.training_curves(train, val, f"{data}: training curves")
-        self._show(trainer, figures, _iteration(pl_module))
-
-    @staticmethod
-    def _show(trainer: pl.Trainer, figures: dict[str, Figure], iteration: int) -> None:
-        folder = run_directory(trainer)
-        if folder is None:
-            return
         (folder / "figures").mkdir(exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
             for writer in _tensorboards(trainer):
-                writer.add_figure(f"figures/{name}", figure, iteration)
+                writer.add_figure(f"figures/{name}", figure, _iteration(pl_module))
 
 
 class PredictionWriter(Callback):

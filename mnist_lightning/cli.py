@@ -230,7 +230,6 @@ def _data(arguments: list[str]) -> None:
         data = parser.instantiate_classes(config).data
     except ValueError as error:
         raise UsageError(str(error)) from error
-    data.prepare_data()
     for stage in ("fit", "test"):
         data.setup(stage)
     print(f"Dataset: {data.dataset_name}")
@@ -244,12 +243,6 @@ def _data(arguments: list[str]) -> None:
         config.figure, dpi=120
     )
     print(f"Figure: {config.figure}")
-
-
-def _resumed_run(checkpoint: str | None) -> str | None:
-    """The `version_N` of a run's checkpoint: a resumed run goes on in its directory."""
-    parts = Path(checkpoint or "").resolve().parts[-4:-1]
-    return parts[1] if len(parts) == 3 and parts[0] == RUNS and parts[2] == "checkpoints" else None
 
 
 def main() -> int:

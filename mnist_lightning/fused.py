@@ -26,7 +26,7 @@ HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_b
 
 
 def can_fuse(module: pl.LightningModule) -> bool:
-    """Whether nothing but the step itself is asked for: one CPU in full precision, and no hook inside the step.
+    """Whether nothing but the step itself is asked for: one process on a CPU, full precision, no hook inside the step.
 
     Hooks on single layers and tensors are not looked for.
     """
@@ -34,6 +34,7 @@ def can_fuse(module: pl.LightningModule) -> bool:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return (
         module.device.type == "cpu"
+        and trainer.world_size == 1
         and type(trainer.precision_plugin) in (Precision, DoublePrecision)
         and all(parameter.requires_grad for parameter in module.parameters())
         and not torch.is_anomaly_enabled()
