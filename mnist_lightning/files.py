@@ -1,9 +1,11 @@
 """The data's files: download MNIST, verify it, make its stand-in where there is no network, and read either."""
 
+import errno
 import shutil
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -13,7 +15,7 @@ from rich.panel import Panel
 from torch import Tensor
 from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from mnist_lightning import synthetic
 
@@ -60,12 +62,18 @@ def get(dataset: Literal["auto", "mnist", "synthetic"], root: Path) -> Path:
                 _warn_of_stand_in(error)
         return _get_synthetic(root)
     except OSError as error:
-        raise DataError(f"{error.filename or root}: {error.strerror or error}; see --data.root") from error
+        cause = f"{error.filename or root}: {error.strerror or error}"
+        raise DataError(f"{cause}; mend that or give another --data.root") from error
 
 
 def dataset_in(raw: Path) -> Literal["mnist", "synthetic"]:
     """Which dataset the directory that `get` returned holds."""
     return "mnist" if raw.parent.name == "MNIST" else "synthetic"
+
+
+def count(raw: Path, file: Literal["train", "t10k"]) -> int:
+    """Count the images of the training or the test file."""
+    return len(read_label_file(str(raw / f"{file}-labels-idx1-ubyte")))
 
 
 def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
@@ -76,7 +84,7 @@ def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
 
 def _get_mnist(root: Path) -> Path:
     raw = root / "MNIST" / "raw"
-    bad = [raw / name for name, md5 in MNIST_MD5.items() if not check_integrity(raw / name, md5)]
+    bad = [name for name, md5 in MNIST_MD5.items() if not check_integrity(raw / name, md5)]
     if not bad:
         return raw
     present = [path for name in MNIST_MD5 for path in (raw / name, raw / f"{name}.gz") if path.exists()]
@@ -84,33 +92,36 @@ def _get_mnist(root: Path) -> Path:
     # Everything is made in a directory of its own and moved when it is whole: a killed download leaves nothing that
     # could be taken for MNIST, and two downloads at once do not meet.
     with TemporaryDirectory(dir=root, prefix=".download-", ignore_cleanup_errors=True) as directory:
-        stage = Path(directory, "MNIST", "raw")
-        stage.mkdir(parents=True)
-        for path in raw.glob("*.gz"):
-            shutil.copy(path, stage)
-        failure = _download(directory)
-        fetched = [stage / name for name, md5 in MNIST_MD5.items() if check_integrity(stage / name, md5)]
-        if len(fetched) < len(MNIST_MD5):
-            reason = failure or "the files do not have the known MD5 sums"
-            if not present:
-                raise UnreachableError(f"{raw}: MNIST is not there, and the download failed: {reason}")
-            state = "is damaged" if bad[0].exists() else "is missing or damaged"
-            raise DataError(f"{bad[0]} {state}, and fetching it again failed: {reason}; delete it or go online")
-        for path in fetched:
-            path.replace(raw / path.name)
+        for name in bad:
+            if (raw / f"{name}.gz").exists():
+                shutil.copy(raw / f"{name}.gz", directory)
+        failure = _download(bad, directory)
+        for name in bad:
+            if not check_integrity(Path(directory, name), MNIST_MD5[name]):
+                if not present:
+                    raise UnreachableError(f"{raw}: MNIST is not there, and the download failed: {failure}")
+                # Of the two forms of a file the gzipped one is at fault where both are there: it mends the other.
+                culprit = next((p for p in (raw / f"{name}.gz", raw / name) if p in present), None)
+                state = f"{culprit} is damaged" if culprit else f"{raw / name} is missing"
+                raise DataError(f"{state}, and the download failed: {failure}; go online, or put a good copy there")
+        for name in bad:
+            Path(directory, name).replace(raw / name)
     return raw
 
 
-def _download(root: str) -> str:
-    """Let torchvision download into `root`; return what went wrong in one line, or nothing."""
-    failure = ""
+def _download(names: list[str], directory: str) -> str:
+    """Fetch and unpack files, unless their gzipped form is in the directory already; say what went wrong, if anything.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    result: Future[str] = Future()
 
     def fetch() -> None:
-        nonlocal failure
         try:
-            MNIST(root, download=True)
-        except Exception as error:  # whatever a mirror may answer
-            failure = " ".join(str(error).split()) or type(error).__name__
+            result.set_result(next(filter(None, (_from_mirrors(f"{name}.gz", directory) for name in names)), ""))
+        except Exception as error:
+            result.set_exception(error)
 
     # torchvision sets no time limit, and no socket's would cover looking up a name or a host with many addresses.
     thread = threading.Thread(target=fetch, daemon=True)
@@ -121,12 +132,25 @@ def _download(root: str) -> str:
         size, since = -1, time.monotonic()
         while thread.is_alive() and time.monotonic() - since < DOWNLOAD_TIMEOUT:
             thread.join(0.1)
-            now = sum(path.stat().st_size for path in Path(root).rglob("*"))
+            now = sum(path.stat().st_size for path in Path(directory).iterdir())
             if now != size:
                 size, since = now, time.monotonic()
     finally:
         socket.setdefaulttimeout(default)
-    return f"nothing arrived for {DOWNLOAD_TIMEOUT:.0f} s" if thread.is_alive() else failure
+    return f"nothing arrived for {DOWNLOAD_TIMEOUT:.0f} s" if thread.is_alive() else result.result()
+
+
+def _from_mirrors(name: str, directory: str) -> str:
+    failures = []
+    for mirror in MNIST.mirrors:
+        try:
+            download_and_extract_archive(f"{mirror}{name}", directory, filename=name, md5=dict(MNIST.resources)[name])
+            return ""
+        except Exception as error:  # whatever a mirror may answer
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            failures.append(f"{mirror}{name}: {' '.join(str(error).split()) or type(error).__name__}")
+    return ", ".join(failures)
 
 
 def _get_synthetic(root: Path) -> Path:

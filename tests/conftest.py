@@ -1,5 +1,6 @@
 """Fixtures: small data sets in MNIST's file format, and the command line run in this process."""
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,10 @@ SMALL = {"train": 1250, "t10k": 230}
 VAL_SIZE = 200  # leaves 1,050 training digits: 11 minibatches of 100, the last one of 50
 
 RunCLI = Callable[..., int]
+
+# Processes that have the libraries imported already: a run starts in a second, not in seven.
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["mnist_lightning.cli"])
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +72,15 @@ def mnist_root() -> str:
 def data(root: Path) -> MNISTDataModule:
     """The small stand-in digits."""
     return MNISTDataModule("synthetic", str(root), val_size=VAL_SIZE)
+
+
+def prepare(dataset: str, root: Path) -> MNISTDataModule:
+    """A data module with its files on disk and everything read."""
+    data = MNISTDataModule(dataset, str(root), val_size=VAL_SIZE)  # type: ignore[arg-type]
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    return data
 
 
 @pytest.fixture

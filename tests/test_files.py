@@ -1,0 +1,339 @@
+"""Getting the files: damage, mirrors that misbehave, downloads that are killed or meet another."""
+
+import errno
+import gzip
+import http.server
+import os
+import resource
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL, fork, prepare
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import calculate_md5
+
+from mnist_lightning import files, synthetic
+from mnist_lightning.files import DataError, UnreachableError
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler, bytes], None]
+
+
+@pytest.fixture
+def gzipped(fake_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """The four files gzipped, with their MD5 sums known as those of MNIST's."""
+    contents = {f"{name}.gz": gzip.compress((fake_mnist / "MNIST/raw" / name).read_bytes()) for name in files.MNIST_MD5}
+    for name, content in contents.items():
+        (fake_mnist / name).write_bytes(content)
+    monkeypatch.setattr(MNIST, "resources", [(name, calculate_md5(fake_mnist / name)) for name in contents])
+    for name in contents:
+        (fake_mnist / name).unlink()
+    return contents
+
+
+@pytest.fixture
+def offline_gzipped(fake_mnist: Path, gzipped: dict[str, bytes]) -> Path:
+    """A directory with only the gzipped files."""
+    raw = fake_mnist / "MNIST/raw"
+    for name in files.MNIST_MD5:
+        (raw / name).unlink()
+    for name, content in gzipped.items():
+        (raw / name).write_bytes(content)
+    return fake_mnist
+
+
+def good(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    request.send_response(200)
+    request.send_header("Content-Length", str(len(content)))
+    request.end_headers()
+    request.wfile.write(content)
+
+
+def wrong_file(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    good(request, b"<html>Sign in to the hotel's network</html>")
+
+
+def short(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    good(request, content[: len(content) // 2])
+
+
+def missing(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    request.send_error(404)
+
+
+def reset(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    request.send_response(200)
+    request.send_header("Content-Length", str(len(content)))
+    request.end_headers()
+    request.wfile.write(content[: len(content) // 2])
+    request.wfile.flush()
+    # Closing with a linger time of 0 sends a reset.
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    request.connection.close()
+
+
+def stall(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    request.send_response(200)
+    request.send_header("Content-Length", str(len(content)))
+    request.end_headers()
+    request.wfile.write(content[: len(content) // 2])
+    request.wfile.flush()
+    time.sleep(30)
+
+
+@pytest.fixture
+def serve(gzipped: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Make a mirror on this machine for each way of answering; return their addresses."""
+    servers = []
+
+    def start(*answers: Answer) -> list[str]:
+        for answer in answers:
+
+            class Handler(http.server.BaseHTTPRequestHandler):
+                respond = staticmethod(answer)
+
+                def do_GET(self) -> None:
+                    self.respond(self, gzipped[self.path[1:]])
+
+                def log_message(self, *arguments: Any) -> None:
+                    """Say nothing."""
+
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            server.daemon_threads = True
+            server.block_on_close = False
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            servers.append(server)
+        mirrors = [f"http://127.0.0.1:{server.server_port}/" for server in servers[-len(answers) :]]
+        monkeypatch.setattr(MNIST, "mirrors", mirrors)
+        return mirrors
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def stalling_mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A mirror that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.getsockname()[1]}/"] * 2)
+        yield
+
+
+def test_valid_files_are_not_downloaded_again(fake_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_download", lambda names, directory: pytest.fail("downloads"))
+    for dataset in ("auto", "mnist"):
+        assert prepare(dataset, fake_mnist).hparams["dataset"] == "mnist"
+
+
+def test_without_network_auto_falls_back_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = prepare("auto", tmp_path)
+    assert data.hparams["dataset"] == "synthetic"
+    assert data.dataset_name == "stand-in digits (not MNIST)"
+    assert len(data.test[1]) == SMALL["t10k"]
+    warning = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "NOT MNIST" in warning
+    assert "Connection refused" in warning
+    assert "not MNIST results" in warning
+    assert "--data.dataset mnist" in warning
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_mnist_never_falls_back(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match="MNIST is not there, and the download failed"):
+        prepare("mnist", tmp_path)
+    assert not (tmp_path / "synthetic").exists()
+
+
+@pytest.mark.parametrize("name", list(files.MNIST_MD5))
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damaged_files_are_an_error_and_never_a_reason_to_fall_back(fake_mnist: Path, name: str, damage: str) -> None:
+    path = fake_mnist / "MNIST" / "raw" / name
+    content = path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "truncate":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=f"{name} is (damaged|missing)") as raised:
+        prepare("auto", fake_mnist)
+    assert not isinstance(raised.value, UnreachableError)
+    path.write_bytes(content)
+    assert prepare("auto", fake_mnist).dataset_name == "MNIST"
+
+
+def test_a_mirror_that_stalls_is_given_up(
+    tmp_path: Path, stalling_mirror: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert files.DOWNLOAD_TIMEOUT < 30
+    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 60.0)
+    monkeypatch.setattr(files, "DOWNLOAD_TIMEOUT", 0.5)
+    start = time.monotonic()
+    with pytest.raises(UnreachableError, match="nothing arrived"):
+        prepare("mnist", tmp_path)
+    assert time.monotonic() - start < 5
+    assert socket.getdefaulttimeout() is None
+
+
+def test_the_mirrors_sockets_time_out(tmp_path: Path, stalling_mirror: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 0.2)
+    with pytest.raises(UnreachableError, match="timed out"):
+        prepare("mnist", tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for dataset in ("auto", "mnist", "synthetic"):
+        with pytest.raises(DataError, match=r"file.*data\.root"):
+            prepare(dataset, tmp_path / "file")
+
+
+def test_the_stand_in_is_made_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "make", lambda directory: pytest.fail("makes them again"))
+    prepare("synthetic", root)
+
+
+@pytest.mark.parametrize("change", ["version", "damage"])
+def test_the_stand_in_is_remade_when_it_is_old_or_damaged(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    raw = tmp_path / "synthetic" / "raw"
+    labels = raw / "t10k-labels-idx1-ubyte"
+    expected = labels.read_bytes()
+    labels.write_bytes(expected[:-1] + b"\xff")
+    if change == "version":
+        monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
+    assert not synthetic.is_complete(raw)
+    prepare("synthetic", tmp_path)
+    assert synthetic.is_complete(raw)
+    assert labels.read_bytes() == expected
+
+
+def test_the_data_may_be_made_twice_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        for data in pool.map(prepare, ["synthetic"] * 3, [tmp_path] * 3):
+            assert len(data.test[1]) == SMALL["t10k"]
+    assert synthetic.is_complete(tmp_path / "synthetic" / "raw")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "html", "delete"])
+def test_damaged_gzipped_files_are_named_and_replacing_them_mends_it(
+    offline_gzipped: Path, gzipped: dict[str, bytes], damage: str
+) -> None:
+    name = "train-labels-idx1-ubyte.gz"
+    path = offline_gzipped / "MNIST/raw" / name
+    content = gzipped[name]
+    half = len(content) // 2
+    damaged = {
+        "flip": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :],
+        "truncate": content[:half],
+        "html": b"<html>404</html>",
+    }
+    path.unlink()
+    if damage != "delete":
+        path.write_bytes(damaged[damage])
+    named = "train-labels-idx1-ubyte is missing" if damage == "delete" else f"{name} is damaged"
+    with pytest.raises(DataError, match=named):
+        prepare("auto", offline_gzipped)
+    assert not list(offline_gzipped.glob(".*"))
+    path.write_bytes(content)
+    assert prepare("auto", offline_gzipped).dataset_name == "MNIST"
+
+
+def test_files_with_a_wrong_magic_number_or_count_are_damaged(fake_mnist: Path) -> None:
+    path = fake_mnist / "MNIST/raw/train-images-idx3-ubyte"
+    content = path.read_bytes()
+    for header in (b"\0\0\x08\x04" + content[4:8], content[:4] + b"\0\0\xea\x60"):
+        path.write_bytes(header + content[8:])
+        with pytest.raises(DataError, match="train-images-idx3-ubyte is damaged"):
+            prepare("mnist", fake_mnist)
+
+
+def test_a_damaged_file_is_unpacked_again_from_its_own_gzipped_form(
+    fake_mnist: Path, gzipped: dict[str, bytes]
+) -> None:
+    name = "t10k-labels-idx1-ubyte"
+    path = fake_mnist / "MNIST/raw" / name
+    expected = path.read_bytes()
+    path.write_bytes(b"<html>")
+    (fake_mnist / "MNIST/raw" / f"{name}.gz").write_bytes(gzipped[f"{name}.gz"])
+    prepare("mnist", fake_mnist)
+    assert path.read_bytes() == expected
+
+
+@pytest.mark.parametrize("answer", [wrong_file, short, missing, reset, stall])
+def test_a_mirror_that_misbehaves_is_named_and_the_next_one_asked(
+    tmp_path: Path, serve: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 0.3)
+    bad, _ = serve(answer, answer)
+    with pytest.raises(UnreachableError, match=f"the download failed: {bad}train-images-idx3-ubyte.gz"):
+        prepare("mnist", tmp_path / "alone")
+    assert not list((tmp_path / "alone").rglob("*ubyte*"))
+    serve(answer, good)
+    assert prepare("mnist", tmp_path / "alone").dataset_name == "MNIST"
+
+
+def download(root: Path, mirrors: list[str], resources: list[tuple[str, str]], md5: dict[str, str]) -> None:
+    MNIST.mirrors, MNIST.resources, files.MNIST_MD5 = mirrors, resources, md5
+    files.get("mnist", root)
+
+
+def test_a_killed_download_is_never_taken_for_a_finished_one(tmp_path: Path, serve: Callable[..., list[str]]) -> None:
+    process = fork.Process(target=download, args=(tmp_path / "new", serve(stall), MNIST.resources, files.MNIST_MD5))
+    process.start()
+    while process.is_alive() and not any(path.stat().st_size for path in tmp_path.glob("new/.download-*/*.gz")):
+        time.sleep(0.05)
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not list(tmp_path.glob("new/MNIST/raw/*"))
+    serve(good)
+    assert prepare("mnist", tmp_path / "new").dataset_name == "MNIST"
+
+
+def test_two_processes_may_download_at_once(tmp_path: Path, serve: Callable[..., list[str]]) -> None:
+    def slowly(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        time.sleep(0.2)
+        good(request, content)
+
+    mirrors = serve(slowly)
+    processes = [
+        fork.Process(target=download, args=(tmp_path / "new", mirrors, MNIST.resources, files.MNIST_MD5))
+        for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    serve()
+    assert prepare("mnist", tmp_path / "new").dataset_name == "MNIST"
+
+
+def test_a_disk_that_fills_while_unpacking_is_an_error_with_its_cause(
+    offline_gzipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel refuses to let a file grow beyond the limit, with EFBIG for ENOSPC.
+    monkeypatch.setattr(errno, "ENOSPC", errno.EFBIG)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+        with pytest.raises(DataError, match="File too large; mend that"):
+            prepare("auto", offline_gzipped)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(offline_gzipped.rglob("*ubyte"))
+    assert prepare("auto", offline_gzipped).dataset_name == "MNIST"
