@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -71,6 +73,7 @@ class Report(Callback):
         self.train: list[list[float]] = []
         self.val: list[list[float]] = []
         self._loaded: tuple[int, str] | None = None
+        self._resumes_from = 0, 0  # epochs and iterations
         self._seconds_of_resumed_runs = 0.0
         self._started: float | None = None
 
@@ -93,13 +96,27 @@ class Report(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
+            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            self._resumes_from = epochs, checkpoint["global_step"]
             return
         self._loaded = checkpoint["global_step"], checkpoint["datamodule_hyper_parameters"]["dataset"]
         if not self.train:
             print(f"Weights of iteration {self._loaded[0]:,}, trained on {NAMES[self._loaded[1]]}")
             print(f"Reading {_data(trainer).dataset_name}", flush=True)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Whoever resumes this checkpoint logs what comes after it; what came before has to be on disk.
+        for logger in trainer.loggers:
+            logger.save()
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epochs, iteration = self._resumes_from
+        for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
+            if done and done == getattr(trainer, name):
+                print(f"This run is done, at iteration {iteration:,}; to train longer, give a larger --trainer.{name}")
+                return
         data = _data(trainer)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         print(
@@ -107,6 +124,8 @@ class Report(Callback):
             f"{parameters:,} parameters on {pl_module.device}, seed {data.seed}",
             flush=True,
         )
+        if iteration:
+            print(f"Resuming after iteration {iteration:,}", flush=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
@@ -260,6 +279,24 @@ class PredictionWriter(Callback):
             for image, (digit, probability) in enumerate(zip(digits.tolist(), probabilities.tolist(), strict=True)):
                 writer.writerow([image, digit, f"{probability:.4f}"])
         print(f"Predicted {len(digits):,} digits")
+
+
+class RunLogger(TensorBoardLogger):
+    """A TensorBoard logger whose `version_N` directories are numbered without a race."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The writer; the first use makes the run's directory."""
+        # Lightning takes the next free number long before: of runs that start at once, several would take the same.
+        while self._experiment is None and isinstance(self.version, int):
+            try:
+                Path(self.log_dir).mkdir(parents=True)
+                break
+            except FileExistsError:
+                self._version = self._get_next_version()
+        writer: SummaryWriter = super().experiment
+        return writer
 
 
 def run_directory(trainer: pl.Trainer) -> Path | None:

@@ -14,12 +14,16 @@ from mnist_lightning.fused import FusedStep, can_fuse, try_fused_step
 from mnist_lightning.loader import Minibatch, Minibatches
 from mnist_lightning.model import MLP, PIXELS
 
+# Iterations after which a loss that is not finite is noticed, at the latest.
+CHECK_LOSSES_EVERY = 100
+
 
 class MNISTClassifier(pl.LightningModule):
     """An `MLP` trained with the mean softmax cross-entropy and Adam (betas 0.9 and 0.999, eps 1e-8).
 
     Metrics: `train/loss`, `train/acc` every `Trainer(log_every_n_steps)` iterations; `val/*`, `test/*` over the whole
-    split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is iterations.
+    split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is iterations. A checkpoint
+    holds the state of PyTorch's random numbers on the CPU, so that a resumed run draws the same ones.
 
     Args:
         hidden_dim: Number of hidden ReLU units, at least 1.
@@ -45,6 +49,8 @@ class MNISTClassifier(pl.LightningModule):
         self.save_hyperparameters(ignore="fused_step")
         self.fused_step = fused_step
         self._loaded_iteration = 0
+        self._rng_state: Tensor | None = None
+        self._max_steps = -1
         self.learning_rate = learning_rate
         self.mlp = MLP(hidden_dim, init_std)
         self.example_input_array = torch.zeros(1, PIXELS)
@@ -61,11 +67,17 @@ class MNISTClassifier(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
 
     def on_fit_start(self) -> None:
-        """Draw the graph in the weights' own precision."""
+        """Draw the graph in the weights' own precision, and hide `max_steps` while Lightning restores a checkpoint.
+
+        With it, Lightning 2.6 would count the epoch twice at whose end the checkpoint was saved, and the shuffle of the
+        next one would be left out.
+        """
         self.example_input_array = torch.zeros(1, PIXELS).to(self.dtype)
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        self._max_steps, epoch_loop.max_steps = epoch_loop.max_steps, -1
 
     def on_train_start(self) -> None:
-        """Decide anew for each fit whether its steps can be fused.
+        """Go on with the random numbers of the run to resume; decide anew whether steps can be fused.
 
         Raises:
             MisconfigurationException: The run to resume was ended by `max_steps` within an epoch.
@@ -76,18 +88,28 @@ class MNISTClassifier(pl.LightningModule):
             raise TypeError(
                 "train with `Trainer.fit(model, datamodule=MNISTDataModule())`: one batch is many minibatches"
             )
-        if self.global_step < self.current_epoch * data.iterations_per_epoch:
+        self.trainer.fit_loop.epoch_loop.max_steps = self._max_steps
+        done = self.global_step == self.trainer.max_steps
+        if self.global_step < self.current_epoch * data.iterations_per_epoch and not done:
             # Lightning takes that epoch for finished and would leave out the rest of it.
             raise MisconfigurationException(
                 f"the checkpoint is from iteration {self.global_step}, where max_steps ended an epoch early; "
                 "only whole epochs can be resumed"
             )
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state)
+            self._rng_state = None
         self._fused: FusedStep | None = None
         self._try_fused = self.fused_step and can_fuse(self)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the random numbers."""
+        checkpoint["rng_state"] = torch.get_rng_state()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember how long the weights were trained, for the x-axis of their test."""
+        """Remember how long the weights were trained, for the x-axis of their test, and the random numbers' state."""
         self._loaded_iteration = checkpoint["global_step"]
+        self._rng_state = checkpoint.get("rng_state")
 
     @property
     def iteration(self) -> int:
@@ -99,18 +121,25 @@ class MNISTClassifier(pl.LightningModule):
 
         Returns:
             `points`: iteration, loss and accuracy of those iterations that `log_every_n_steps` asks for.
+
+        Raises:
+            FloatingPointError: The loss of an iteration is not finite.
         """
         trainer = self.trainer
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         first = self.global_step
         # A negative `max_steps` means no limit.
         last = first + len(batch) if trainer.max_steps < 0 else min(first + len(batch), trainer.max_steps)
-        measured = {}
+        losses, measured = [], {}
         # Not strict: `max_steps` may end training before the last minibatch.
         for iteration, (images, labels) in zip(range(first + 1, last + 1), batch, strict=False):
-            logits = self._fused_or_step(images, labels)
+            loss, logits = self._fused_or_step(images, labels)
+            losses.append(loss)
             if log_every and iteration % log_every == 0:
-                measured[iteration] = torch.stack([F.cross_entropy(logits, labels), _accuracy(logits, labels)])
+                measured[iteration] = torch.stack([loss, _accuracy(logits, labels)])
+            if len(losses) == CHECK_LOSSES_EVERY or iteration == last:
+                _check_finite(losses, iteration)
+                losses = []
         # For what subclasses and callbacks log: Lightning counts their x-axis in batches and will add 1 for this one.
         trainer.fit_loop.epoch_loop._batches_that_stepped += last - first - 1
 
@@ -122,7 +151,7 @@ class MNISTClassifier(pl.LightningModule):
             self.log_dict(curves, logger=False, prog_bar=True)
         return {"points": points}
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # What Lightning's automatic optimization does for each batch. Should you change it, delete fused.py.
         optimizer = self._optimizer()
         logits: Tensor = self(images)
@@ -130,19 +159,19 @@ class MNISTClassifier(pl.LightningModule):
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
-        return logits.detach()
+        return loss.detach(), logits.detach()
 
-    def _fused_or_step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _fused_or_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         optimizer = self._optimizer()
         if self._fused and self._fused.batch_size == len(labels):
             optimizer._on_before_step()  # Lightning's count of steps
-            logits = self._fused(images, labels)
+            done = self._fused(images, labels)
             optimizer._on_after_step()
-            return logits
+            return done
         if self._try_fused and optimizer.state:  # Adam's is empty before its first step
             self._try_fused = False
-            self._fused, logits = try_fused_step(self.mlp, optimizer.optimizer, images, labels, self._step)
-            return logits
+            self._fused, done = try_fused_step(self.mlp, optimizer.optimizer, images, labels, self._step)
+            return done
         return self._step(images, labels)
 
     def _optimizer(self) -> LightningOptimizer:
@@ -154,16 +183,21 @@ class MNISTClassifier(pl.LightningModule):
         """Measure a minibatch of the validation split: images (B, 784), labels (B,)."""
         self._evaluate(batch, "val")
 
-    def on_validation_end(self) -> None:
-        """Log the split's metrics."""
+    def on_validation_epoch_end(self) -> None:
+        """Log the split's metrics.
+
+        Raises:
+            FloatingPointError: The loss is not finite; `best.ckpt` is not saved then.
+        """
         if not self.trainer.sanity_checking:
             self._log_split("val")
+            _check_finite([self.trainer.callback_metrics["val/loss"]], self.iteration)
 
     def test_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Measure a minibatch of the test split, images (B, 784) and labels (B,); return its logits, (B, 10)."""
         return self._evaluate(batch, "test")
 
-    def on_test_end(self) -> None:
+    def on_test_epoch_end(self) -> None:
         """Log the split's metrics."""
         self._log_split("test")
 
@@ -187,6 +221,17 @@ class MNISTClassifier(pl.LightningModule):
         # Through `self.log`, Lightning would count its batches on the x-axis, not iterations.
         for logger in self.loggers:
             logger.log_metrics(curves, step=iteration)
+
+
+def _check_finite(losses: list[Tensor], iteration: int) -> None:
+    """Raise where one of the losses of the iterations up to this one is not finite."""
+    bad = torch.stack(losses).isfinite().logical_not().nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise FloatingPointError(
+            f"the loss is {losses[first].item()} at iteration {iteration - len(losses) + 1 + first}; "
+            "try a smaller model.learning_rate"
+        )
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -48,8 +49,8 @@ def try_fused_step(
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
-    step: Callable[[Tensor, Tensor], Tensor],
-) -> tuple["FusedStep | None", Tensor]:
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple["FusedStep | None", tuple[Tensor, Tensor]]:
     """Do the ordinary step, after a trial of the fused one on the same minibatch.
 
     Args:
@@ -74,8 +75,8 @@ def try_fused_step(
     with torch.no_grad():
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)
-    logits = step(images, labels)
-    return fused if all(map(torch.equal, tensors, trial)) else None, logits
+    done = step(images, labels)
+    return fused if all(map(torch.equal, tensors, trial)) else None, done
 
 
 class FusedStep:
@@ -105,8 +106,8 @@ class FusedStep:
         self.one, self.count = new(()).fill_(1), new(()).fill_(batch_size)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Do one step with images, (B, 784), and labels, (B,); return the logits from before it, (B, 10).
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Do one step with images, (B, 784), and labels, (B,); return loss, (), and logits, (B, 10), from before it.
 
         The next call writes over the logits.
         """
@@ -116,6 +117,7 @@ class FusedStep:
         torch.addmm(hidden_bias, images, hidden_weight.t(), out=self.hidden).relu_()
         torch.addmm(output_bias, self.hidden, output_weight.t(), out=self.logits)
         torch._log_softmax(self.logits, 1, False, out=self.log_probs)
+        loss = F.nll_loss(self.log_probs, labels)
 
         # 1 is reduction="mean" by its number in C++; no label is ignored.
         aten.nll_loss_backward.grad_input(
@@ -149,4 +151,4 @@ class FusedStep:
             grad_scale=None,
             found_inf=None,
         )
-        return self.logits
+        return loss, self.logits

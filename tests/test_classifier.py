@@ -89,7 +89,7 @@ def test_the_fused_step_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPa
     sizes: list[int] = []
 
     class Spy(FusedStep):
-        def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             sizes.append(len(labels))
             return super().__call__(images, labels)
 

@@ -1,0 +1,118 @@
+"""Checkpoints of strangers: nothing in them runs, and one line says what was expected and what was found."""
+
+import contextlib
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunCLI
+from lightning.pytorch import Trainer
+
+from mnist_lightning.checkpoints import CheckpointError, CheckpointIO, read
+from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning.datamodule import MNISTDataModule
+
+
+class MakesAFile:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.fixture
+def checkpoint(root: Path, tmp_path: Path) -> dict[str, Any]:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(MNISTClassifier(hidden_dim=7), datamodule=MNISTDataModule("synthetic", str(root), val_size=200))
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    return read(tmp_path / "good.ckpt")
+
+
+def test_checkpoints_that_hold_code_are_refused_and_nothing_runs(
+    checkpoint: dict[str, Any],
+    run_cli: RunCLI,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    made = tmp_path / "made"
+    torch.save({**checkpoint, "more": MakesAFile(made)}, "zipped.ckpt")
+    Path("bare.ckpt").write_bytes(pickle.dumps(MakesAFile(made)))
+    for name in ("zipped.ckpt", "bare.ckpt"):
+        for command in ("fit", "test"):
+            capsys.readouterr()
+            assert run_cli(command, f"--ckpt_path={name}") == 2
+            err = capsys.readouterr().err
+            assert f"{name} is " in err
+            assert name == "bare.ckpt" or "refused: expected tensors and plain values only, found posix.system" in err
+            assert err.count("\n") == 1
+        with pytest.raises(CheckpointError, match=name):
+            CheckpointIO().load_checkpoint(name, weights_only=False)
+    assert not made.exists()
+    assert not (tmp_path / "lightning_logs").exists()
+    torch.load("zipped.ckpt", weights_only=False)
+    assert made.exists(), "the file would not have been made anyhow"
+
+
+def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
+    return {name: value for name, value in checkpoint.items() if name != part}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"model": c["state_dict"]}, r"not of this program: expected state_dict, .*, found \['model'\]"),
+        (lambda c: without(c, "loops"), "not of this program: expected .*loops, found"),
+        (lambda c: [1, 2], "not of this program: expected .*, found list"),
+        (lambda c: {**c, "hyper_parameters": {"depth": 3}}, "not of this program: .*depth"),
+        (lambda c: {**c, "hyper_parameters": {"learning_rate": -1.0}}, "not of this program: .*learning_rate"),
+        (
+            lambda c: {**c, "hyper_parameters": {"hidden_dim": 9}},
+            r"another network: expected .*'mlp.hidden.weight': \(9, 784\).*, found .*'mlp.hidden.weight': \(7, 784\)",
+        ),
+        (lambda c: {**c, "state_dict": {"net.0.weight": torch.ones(2)}}, "another network: .*net.0.weight"),
+    ],
+)
+def test_checkpoints_of_something_else_are_named(
+    checkpoint: dict[str, Any], tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    torch.save(change(checkpoint), tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=f"other.ckpt is (of )?{message}"):
+        read(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 0.5, 0.99])
+def test_truncated_checkpoints_are_damaged(checkpoint: dict[str, Any], tmp_path: Path, size: float) -> None:
+    content = (tmp_path / "good.ckpt").read_bytes()
+    content = content[: int(size * len(content)) if isinstance(size, float) else size]
+    (tmp_path / "part.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"part.ckpt is damaged.* found {len(content):,} bytes"):
+        read(tmp_path / "part.ckpt")
+
+
+def test_a_flipped_bit_never_changes_what_is_read(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    content = (tmp_path / "good.ckpt").read_bytes()
+    damaged = 0
+    for at in range(0, len(content), 97):
+        (tmp_path / "flipped.ckpt").write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        with contextlib.suppress(CheckpointError):
+            flipped = read(tmp_path / "flipped.ckpt")  # the bit was in padding
+            assert all(torch.equal(flipped["state_dict"][key], t) for key, t in checkpoint["state_dict"].items())
+            damaged -= 1
+        damaged += 1
+    assert damaged > 500

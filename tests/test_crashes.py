@@ -1,0 +1,420 @@
+"""Runs that die, of a signal, a full disk or a loss that is not finite, and go on as if they had not."""
+
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunCLI, fork
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from mnist_lightning import classifier
+from mnist_lightning.callbacks import RunLogger
+from mnist_lightning.checkpoints import CheckpointIO
+from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning.cli import main
+from mnist_lightning.model import MLP
+
+Start = Callable[..., BaseProcess]
+Step = Callable[[MNISTClassifier, Tensor, Tensor], tuple[Tensor, Tensor]]
+ordinary_step: Step = MNISTClassifier._fused_or_step
+
+
+class DropoutMLP(MLP):
+    """A network that draws random numbers in each training step."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(images, 0.2, self.training))
+
+
+RUNS = {
+    "default": [],
+    "mid_epoch": ["--data.steps_per_execution=3", "--checkpoint_every=3", "--trainer.log_every_n_steps=2"],
+    "validation_in_mid_epoch": [
+        "--data.steps_per_execution=2",
+        "--checkpoint_every=1",
+        "--trainer.limit_train_batches=8",
+        "--trainer.val_check_interval=4",
+    ],
+    "validation_in_some_epochs": [
+        "--data.steps_per_execution=4",
+        "--checkpoint_every=2",
+        "--trainer.check_val_every_n_epoch=2",
+    ],
+    "dropout": ["--data.steps_per_execution=4", "--checkpoint_every=1", "--trainer.log_every_n_steps=1"],
+    "max_steps": ["--data.steps_per_execution=5", "--checkpoint_every=5", "--trainer.max_steps=EPOCHS0"],
+}
+
+
+def settings_of(name: str, epochs: int) -> list[str]:
+    settings = [setting.replace("EPOCHS", str(epochs)) for setting in RUNS[name]]
+    return [f"--trainer.max_epochs={epochs}", "--model.hidden_dim=50", *settings]
+
+
+def newest_run(directory: Path) -> Path:
+    return max((directory / "lightning_logs").iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def everything(run: Path) -> dict[str, Any]:
+    """What must not depend on how often the run died: weights, optimizer, curves, results."""
+    left: dict[str, Any] = {}
+    for name in ("best", "last"):
+        checkpoint = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        left[f"{name}: weights"] = {key: value.tolist() for key, value in checkpoint["state_dict"].items()}
+        left[f"{name}: optimizer"] = [
+            {key: value.tolist() for key, value in state.items()}
+            for state in checkpoint["optimizer_states"][0]["state"].values()
+        ]
+        history = checkpoint["callbacks"]["Report"]
+        left[f"{name}: progress"] = checkpoint["global_step"], checkpoint["epoch"], history["train"], history["val"]
+    events = EventAccumulator(str(run), {"scalars": 0}).Reload()
+    for tag in events.Tags()["scalars"]:
+        curve = [(event.step, event.value) for event in events.Scalars(tag)]
+        # A run that dies after its test tests again.
+        left[tag] = sorted(set(curve)) if tag.startswith("test/") else curve
+    results = json.loads((run / "results.json").read_text())
+    left["results"] = {key: value for key, value in results.items() if key != "train_seconds"}
+    return left
+
+
+def assert_the_same(run: Path, other: Path) -> None:
+    expected, found = everything(run), everything(other)
+    assert [key for key in expected if expected[key] != found.get(key)] == []
+    assert expected.keys() == found.keys()
+
+
+# Runs in processes of their own, killed at random moments.
+
+
+def run_in_process(directory: Path, arguments: list[str], dropout: bool) -> None:
+    os.chdir(directory)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if dropout:
+        vars(classifier)["MLP"] = DropoutMLP
+    sys.argv = ["mnist_lightning", *arguments]
+    sys.exit(main())
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start the command line in a process of its own, its output in `output.txt`."""
+    processes = []
+
+    def start(directory: Path, arguments: list[str], dropout: bool = False) -> BaseProcess:
+        directory.mkdir(exist_ok=True)
+        (directory / "output.txt").write_text("")
+        process = fork.Process(target=run_in_process, args=(directory, arguments, dropout))
+        process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def small(root: Path) -> list[str]:
+    return ["fit", "--data.dataset=synthetic", f"--data.root={root}", "--data.val_size=200"]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "deaths"),
+    [
+        pytest.param("mid_epoch", 40, 1, id="quick"),
+        *(pytest.param(name, 300, 12, marks=pytest.mark.soak, id=name) for name in RUNS),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
+    tmp_path: Path, root: Path, start: Start, name: str, epochs: int, deaths: int
+) -> None:
+    settings = [*small(root), *settings_of(name, epochs)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(whole, settings, name == "dropout")
+    process.join()
+    assert process.exitcode == 0, (whole / "output.txt").read_text()
+
+    random_ = random.Random(name)
+    died: list[int] = []
+    while True:
+        resume = ["--ckpt_path=last"] if list(killed.glob("lightning_logs/*/checkpoints/last.ckpt")) else []
+        process = start(killed, [*settings, *resume], name == "dropout")
+        if len(died) < deaths:
+            # Uniform over the start, where nothing is saved yet, and over training.
+            process.join(random_.uniform(0.3, 3))
+            signum = random_.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signum)
+        process.join()
+        output = (killed / "output.txt").read_text()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode in (-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT), output
+        assert "Traceback" not in output
+        died.append(process.exitcode)
+    print(f"{name}: killed {died.count(-signal.SIGKILL)} times, stopped {len(died) - died.count(-signal.SIGKILL)}")
+    assert_the_same(newest_run(whole), newest_run(killed))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training_with_the_command_that_resumes_it(
+    tmp_path: Path, root: Path, start: Start, signum: signal.Signals
+) -> None:
+    process = start(tmp_path, [*small(root), "--trainer.max_epochs=10000"])
+    while process.is_alive() and not list(tmp_path.glob("lightning_logs/*/checkpoints/last.ckpt")):
+        time.sleep(0.05)
+    assert process.pid
+    os.kill(process.pid, signum)
+    process.join()
+    *_, said, command = (tmp_path / "output.txt").read_text().splitlines()
+    assert process.exitcode == 128 + signum
+    checkpoint = torch.load(tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert said == f"Stopped and saved at iteration {checkpoint['global_step']:,}; to go on:"
+
+    more = ["--trainer.max_epochs", str(checkpoint["epoch"] + 2)]
+    process = start(tmp_path, shlex.split(command)[3:] + more)
+    process.join()
+    output = (tmp_path / "output.txt").read_text()
+    assert process.exitcode == 0, output
+    assert output.splitlines()[1] == f"Resuming after iteration {checkpoint['global_step']:,}"
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start) -> None:
+    # One call of training_step takes many seconds.
+    slow = ["--model.hidden_dim=6000", "--data.batch_size=1", "--data.steps_per_execution=2000"]
+    process = start(tmp_path, [*small(root), *slow])
+    while process.is_alive() and "Training on" not in (tmp_path / "output.txt").read_text():
+        time.sleep(0.05)
+    time.sleep(1)
+    assert process.pid
+    begin = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert time.monotonic() - begin < 2
+    assert process.exitcode == 130
+    assert (tmp_path / "output.txt").read_text().splitlines()[-1] == "mnist_lightning: interrupted"
+    assert not list(tmp_path.glob("lightning_logs/*/checkpoints"))
+
+
+# Runs in this process, ended where a test wants it.
+
+
+def at_iteration(iteration: int, act: Callable[[], None]) -> Step:
+    def step(self: MNISTClassifier, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.global_step + 1 == iteration:
+            act()
+        return ordinary_step(self, images, labels)
+
+    return step
+
+
+@pytest.mark.parametrize("iteration", [3, 11, 12, 30])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_stopped_at_any_iteration_goes_on_exactly(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, iteration: int
+) -> None:
+    settings = [*settings_of(name, 4), "--test_after_fit=false"]
+    if name == "dropout":
+        monkeypatch.setattr(classifier, "MLP", DropoutMLP)
+    assert run_cli("fit", *settings) == 0
+    with monkeypatch.context() as patch:
+        stop = at_iteration(iteration, lambda: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(MNISTClassifier, "_fused_or_step", stop)
+        assert run_cli("fit", *settings) == 128 + signal.SIGTERM
+    assert run_cli("fit", *settings, "--ckpt_path=last") == 0
+    runs = tmp_path / "lightning_logs"
+    assert_the_same(runs / "version_0", runs / "version_1")
+
+
+def test_a_run_stopped_in_the_last_iteration_of_an_epoch_still_ends_the_epoch(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+    monkeypatch.setattr(MNISTClassifier, "on_train_epoch_end", lambda self: ended.append(self.current_epoch))
+    settings = ["--trainer.max_epochs=3", "--trainer.limit_val_batches=0", "--test_after_fit=false"]
+    with monkeypatch.context() as patch:
+        stop = at_iteration(11, lambda: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(MNISTClassifier, "_fused_or_step", stop)
+        assert run_cli("fit", *settings) == 128 + signal.SIGTERM
+    assert run_cli("fit", *settings, "--ckpt_path=last") == 0
+    assert ended == [0, 1, 2]
+
+
+def test_checkpoint_every_saves_at_the_end_of_the_running_call(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    save = CheckpointIO.save_checkpoint
+
+    def record(self: CheckpointIO, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
+        saved.append((Path(path).name, checkpoint["global_step"]))
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(CheckpointIO, "save_checkpoint", record)
+    settings = ["--trainer.max_epochs=2", "--data.steps_per_execution=2", "--test_after_fit=false"]
+    assert run_cli("fit", *settings, "--checkpoint_every=5") == 0
+    assert [iteration for name, iteration in saved if name == "last.ckpt"] == [6, 10, 11, 15, 21, 22]
+    saved.clear()
+    assert run_cli("fit", *settings) == 0
+    assert [iteration for name, iteration in saved if name == "last.ckpt"] == [11, 22]
+
+
+def test_resuming_takes_back_what_was_logged_after_the_checkpoint(run_cli: RunCLI, tmp_path: Path) -> None:
+    settings = ["--trainer.log_every_n_steps=2", "--data.steps_per_execution=4"]
+    assert run_cli("fit", *settings, "--trainer.max_epochs=4") == 0
+    assert run_cli("fit", *settings, "--trainer.max_epochs=1") == 0
+    whole, crashed = (tmp_path / "lightning_logs" / f"version_{i}" for i in (0, 1))
+    shutil.copy(crashed / "checkpoints/last.ckpt", "old.ckpt")
+    assert run_cli("fit", *settings, "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    shutil.copy("old.ckpt", crashed / "checkpoints/last.ckpt")
+    assert run_cli("fit", *settings, "--trainer.max_epochs=4", "--ckpt_path=last") == 0
+    expected, found = everything(whole), everything(crashed)
+    for tag in ("train/loss", "train/acc", "val/loss", "val/acc"):
+        assert found[tag] == expected[tag]
+
+
+def test_curves_are_on_disk_before_the_checkpoint(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    save = CheckpointIO.save_checkpoint
+
+    def look(self: CheckpointIO, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
+        events = EventAccumulator(str(newest_run(tmp_path))).Reload()
+        seen.append((checkpoint["global_step"], *(events.Scalars(tag)[-1].step for tag in ("train/loss", "val/loss"))))
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(CheckpointIO, "save_checkpoint", look)
+    assert run_cli("fit", "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--test_after_fit=false") == 0
+    assert set(seen) == {(11, 11, 11), (22, 22, 22)}
+
+
+def test_resuming_a_run_that_is_done_says_how_to_train_longer(
+    run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting in ("max_epochs=2", "max_steps=15"):
+        assert run_cli("fit", f"--trainer.{setting}", "--test_after_fit=false") == 0
+        capsys.readouterr()
+        assert run_cli("fit", f"--trainer.{setting}", "--ckpt_path=last") == 0
+        out = capsys.readouterr().out
+        assert "This run is done" in out.splitlines()[0]
+        assert f"--trainer.{setting.split('=')[0]}" in out.splitlines()[0]
+        assert "Training on" not in out
+        assert "Test loss" in out
+
+
+def not_finite_from(iteration: int, value: float) -> Step:
+    def step(self: MNISTClassifier, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits = ordinary_step(self, images, labels)
+        return (loss * value if self.global_step >= iteration else loss), logits
+
+    return step
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_best(
+    run_cli: RunCLI,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: float,
+) -> None:
+    monkeypatch.setattr(MNISTClassifier, "_fused_or_step", not_finite_from(15, value))
+    assert run_cli("fit", "--trainer.max_epochs=5") == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"mnist_lightning: the loss is {value} at iteration 15;")
+    assert err.count("\n") == 1
+    best = torch.load(tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == 11
+    assert run_cli("test", "--ckpt_path=best") == 0
+
+
+def test_a_loss_that_is_not_finite_is_noticed_within_a_hundred_iterations(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    bad = not_finite_from(150, float("nan"))
+
+    def step(self: MNISTClassifier, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        steps.append(self.global_step)
+        return bad(self, images, labels)
+
+    monkeypatch.setattr(MNISTClassifier, "_fused_or_step", step)
+    assert run_cli("fit", "--data.batch_size=1", "--data.steps_per_execution=2000", "--model.hidden_dim=5") == 1
+    assert 150 <= len(steps) <= 250
+
+
+def test_weights_that_stop_being_finite_in_the_last_step_never_become_the_best(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_weights(self: MNISTClassifier) -> None:
+        self.mlp.output.bias.data.fill_(float("nan"))
+
+    monkeypatch.setattr(MNISTClassifier, "on_validation_start", break_weights, raising=False)
+    assert run_cli("fit", "--trainer.max_epochs=1") == 1
+    assert "the loss is nan at iteration 11" in capsys.readouterr().err
+    assert not list(tmp_path.glob("lightning_logs/*/checkpoints/best.ckpt"))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoints_whole(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
+    checkpoints = tmp_path / "lightning_logs/version_0/checkpoints"
+    before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
+    capsys.readouterr()
+    # The kernel refuses to let a file grow beyond the limit; a checkpoint takes almost twice as much.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        assert run_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "best.ckpt cannot be saved: File too large" in err
+    assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
+    assert run_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+
+
+def test_a_checkpoint_is_synced_before_it_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(("sync", os.fstat(file).st_size)))
+    replace = Path.replace
+
+    def record(path: Path, target: Path) -> Path:
+        done.append(("replace", path.stat().st_size))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", record)
+    CheckpointIO().save_checkpoint({"weights": torch.zeros(1000)}, tmp_path / "new" / "last.ckpt")
+    size = (tmp_path / "new/last.ckpt").stat().st_size
+    assert done == [("sync", size), ("replace", size)]
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_runs_that_start_at_once_get_directories_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        loggers = [RunLogger(tmp_path) for _ in range(8)]
+        assert {logger.version for logger in loggers} == {0}  # Lightning asks long before the first use
+        directories = list(pool.map(lambda logger: Path(logger.experiment.log_dir).name, loggers))
+    assert sorted(directories) == [f"version_{i}" for i in range(8)]
