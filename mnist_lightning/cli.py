@@ -1,15 +1,22 @@
 """The command line: Lightning's own CLI with this project's defaults, and errors as one clear line."""
 
+import difflib
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
 import warnings
+from argparse import ArgumentParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch.nn.functional as F
+import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -17,12 +24,22 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
 
 from mnist_lightning import plots
-from mnist_lightning.callbacks import Figures, IterationProgressBar, PredictionWriter, Report, run_directory
+from mnist_lightning.callbacks import Figures, IterationProgressBar, PredictionWriter, Report, RunLogger, run_directory
+from mnist_lightning.checkpoints import CheckpointError, CheckpointIO, LastCheckpoint, Stopped, read
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.model import CLASSES
 
 RUNS = "lightning_logs"
+
+# What Lightning does not check: the least value, and the one that means no limit.
+TRAINER_MINIMA = {
+    "max_epochs": (1, -1),
+    "max_steps": (1, -1),
+    "check_val_every_n_epoch": (1, None),
+    "num_sanity_val_steps": (0, -1),
+    "log_every_n_steps": (0, None),
+}
 
 
 class UsageError(Exception):
@@ -36,7 +53,30 @@ class Parser(LightningArgumentParser):
         """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
         message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
         message = re.sub(r"(?s)Does not validate.*?Errors:.*Given value: ", "This value is not allowed: ", message)
+        if unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
+            nearest = difflib.get_close_matches(unknown[1], _known_keys(self), n=1)
+            message = f"there is no setting {unknown[1]}" + (f"; did you mean {nearest[0]}?" if nearest else "")
         raise UsageError(message) from ex
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config file; errors name it, and the line where it is no YAML."""
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except (UsageError, OSError, ValueError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, yaml.MarkedYAMLError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is not None and (mark := cause.problem_mark):
+                error = UsageError(f"line {mark.line + 1}, column {mark.column + 1}: {cause.problem}")
+            raise UsageError(f"{path}: {error}") from error
+
+
+def _known_keys(parser: ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield action.dest
+        if isinstance(action.choices, dict):  # of subcommands
+            for subparser in action.choices.values():
+                yield from _known_keys(subparser)
 
 
 class CLI(LightningCLI):
@@ -58,6 +98,7 @@ class CLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "mnist_lightning",
+                "allow_abbrev": False,  # a setting that does not exist must not be taken for another
                 "description": "Train a two-layer network to read handwritten digits.",
                 "epilog": "`data` gets and verifies the data without training; see `data --help`.",
             },
@@ -77,6 +118,12 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_lightning_class_args(Figures, "figures")
         parser.add_argument(
+            "--checkpoint_every",
+            type=NonNegativeInt,
+            default=0,
+            help="Save last.ckpt also every so many iterations, rounded up to data.steps_per_execution; 0 does not",
+        )
+        parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="Whether `fit` tests at its end and draws the figures"
         )
         parser.add_argument(
@@ -88,14 +135,16 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Check the seed, and resolve `best` and `last`, which Lightning would look for in the new run's directory."""
-        try:
-            super().parse_arguments(parser, args)
-        except (OSError, ValueError) as error:  # files that are no YAML
-            raise UsageError(f"the config cannot be read: {error}") from error
+        super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         seed = config.seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}")
+        for name, (least, unlimited) in TRAINER_MINIMA.items():
+            value = config.trainer[name]
+            if value is not None and value < least and value != unlimited:
+                choice = "" if unlimited is None else f", or {unlimited} for no limit"
+                raise UsageError(f"trainer.{name} must be at least {least}{choice}, not {value}")
         self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
         if config.ckpt_path:
             config.ckpt_path = str(_checkpoint(config.ckpt_path, self._runs))
@@ -106,10 +155,13 @@ class CLI(LightningCLI):
         # The checkpoint's model settings win over all others in Lightning, without a word.
         command = self.config.subcommand
         config = self.config[command]
-        try:
-            super()._parse_ckpt_path()
-        except Exception as error:
-            raise UsageError(f"ckpt_path: {config.ckpt_path} is damaged, or no checkpoint of this program") from error
+        self._resume_from = 0
+        if config.ckpt_path:
+            try:
+                self._resume_from = read(Path(config.ckpt_path))["global_step"]
+            except CheckpointError as error:
+                raise UsageError(f"ckpt_path: {error}") from error
+        super()._parse_ckpt_path()
         for name, value in self.config[command].model.items():
             if config.model[name] not in (value, self._parser(command).get_default(f"model.{name}")):
                 raise UsageError(f"model.{name} is {config.model[name]}, but the checkpoint was trained with {value}")
@@ -135,12 +187,14 @@ class CLI(LightningCLI):
             # A run that is resumed goes on in its own directory.
             run = Path(checkpoint or "").resolve().parent.parent
             resumes = self.subcommand == "fit" and checkpoint and run.parent == self._runs.resolve()
-            kwargs["logger"] = TensorBoardLogger(
+            kwargs["logger"] = RunLogger(
                 self._runs.parent,
                 name=RUNS,
                 version=run.name if resumes else None,
-                log_graph=True,
+                log_graph=not resumes,
                 default_hp_metric=False,
+                # Takes back what the run logged after it had saved the checkpoint.
+                purge_step=self._resume_from + 1 if resumes else None,
             )
         callbacks = [*(config.callbacks or []), Report(), PredictionWriter()]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
@@ -154,11 +208,11 @@ class CLI(LightningCLI):
         elif config.enable_checkpointing is not False and not config.fast_dev_run:
             self._best = ModelCheckpoint(filename="best", monitor="val/acc", mode="max", enable_version_counter=False)
             # Not `save_last`, which saves only where the best was saved too.
-            last = ModelCheckpoint(filename="last", enable_version_counter=False)
-            callbacks += [self._best, last]
+            callbacks += [self._best, LastCheckpoint(self.config[self.subcommand].checkpoint_every)]
         if config.logger is False:
             self.save_config_callback = None
-        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        plugins = [*(config.plugins or []), CheckpointIO()]
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
         if trainer.world_size > 1:
             raise UsageError("trainer.devices and num_nodes: training in several processes does not work yet; use 1")
         return trainer
@@ -246,17 +300,38 @@ def _data(arguments: list[str]) -> None:
 
 
 def main() -> int:
-    """Run the command line; return 0 when done, 1 when the job failed, 2 when the command or config was wrong."""
+    """Run the command line.
+
+    Returns:
+        0 when done, 1 when the job failed, 2 when the command or config was wrong, 128 + the number of a signal.
+    """
     _silence_what_no_user_can_act_on()
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         if sys.argv[1:2] == ["data"]:
             _data(sys.argv[2:])
         else:
             CLI()
         return 0
+    except Stopped as stopped:
+        run = stopped.checkpoint.parent.parent
+        config = ["--config", str(run / "config.yaml")] if (run / "config.yaml").exists() else []
+        resume = ["python", "-m", "mnist_lightning", "fit", *config, "--ckpt_path", str(stopped.checkpoint)]
+        print(f"Stopped and saved at iteration {stopped.iteration:,}; to go on:\n{shlex.join(resume)}")
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        print("mnist_lightning: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to end
+            print("mnist_lightning: interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        raise
     except (UsageError, MisconfigurationException) as error:
         return _fail(error, 2)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None:  # of a file written to, not opened
+            error = OSError(f"a file of the run cannot be written: {error.strerror or error}")
         return _fail(error, 1)
 
 

@@ -76,9 +76,17 @@ class MNISTDataModule(pl.LightningDataModule):
         return files.NAMES[files.dataset_in(self._raw)]
 
     def prepare_data(self) -> None:
-        """Get and verify the files, once, though Lightning asks again for each of `fit` and `test`."""
+        """Get and verify the files, once, though Lightning asks again for each of `fit` and `test`.
+
+        Raises:
+            MisconfigurationException: The Trainer's settings do not fit the data.
+        """
         if not self._raw.parts:
             self._raw = files.get(self.dataset, self.root)
+            if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
+                # `setup` would say so too, but after the loggers have made the run's directory.
+                train_size = files.count(self._raw, "train") - self.val_size
+                self._in_minibatches(self.trainer, ceil(train_size / self.batch_size))
 
     def setup(self, stage: str) -> None:
         """Read and split what `stage` needs: `fit`, `validate`, `test` or `predict`."""
@@ -161,21 +169,33 @@ class MNISTDataModule(pl.LightningDataModule):
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, split[1].to(device)
 
     def _count_minibatches(self, trainer: pl.Trainer) -> None:
-        """Make the Trainer's settings, which count Lightning batches, mean minibatches until `teardown`.
+        """Make the Trainer's settings, which count Lightning batches, mean minibatches until `teardown`."""
+        self._trainer_settings = trainer.limit_train_batches, trainer.val_check_interval
+        self.iterations_per_epoch, trainer.val_check_interval, self._steps_per_execution = self._in_minibatches(
+            trainer, self.iterations_per_epoch
+        )
+        if trainer.limit_train_batches != 0:
+            trainer.limit_train_batches = self.iterations_per_epoch
+
+    def _in_minibatches(self, trainer: pl.Trainer, available: int) -> tuple[int, int | float, int]:
+        """Say what the Trainer's settings mean for an epoch of so many minibatches.
 
         The loader itself ends an epoch after `limit_train_batches` minibatches. Its lists get a length that divides
         every interval at which Lightning has to step in: with validation every 120 of 550 iterations and
         `steps_per_execution` 50, lists of gcd(50, 550, 120) = 10, and validation every 12 of them.
+
+        Returns:
+            Iterations in an epoch, `val_check_interval` in lists, and the length of the lists.
+
+        Raises:
+            MisconfigurationException: The settings do not fit.
         """
-        self._trainer_settings = trainer.limit_train_batches, trainer.val_check_interval
-        self._steps_per_execution = self.steps_per_execution
-        available, limit = self.iterations_per_epoch, trainer.limit_train_batches
-        self.iterations_per_epoch = min(available, int(limit * available) if isinstance(limit, float) else limit)
+        limit, interval, steps = trainer.limit_train_batches, trainer.val_check_interval, self.steps_per_execution
+        iterations = min(available, int(limit * available) if isinstance(limit, float) else limit)
         if limit == 0:
-            return
-        if self.iterations_per_epoch == 0:
+            return iterations, interval, steps
+        if iterations == 0:
             raise MisconfigurationException(f"limit_train_batches {limit} of {available} minibatches is none")
-        trainer.limit_train_batches = self.iterations_per_epoch
 
         intervals = []
         for callback in trainer.checkpoint_callbacks:
@@ -188,24 +208,25 @@ class MNISTDataModule(pl.LightningDataModule):
                 intervals.append(callback._every_n_train_steps)
 
         across_epochs = trainer.check_val_every_n_epoch is None
-        interval = trainer.val_check_interval
+        if interval == 0:
+            raise MisconfigurationException("val_check_interval must be above 0; limit_val_batches 0 does not validate")
         if isinstance(interval, float) and interval < 1:
-            interval = max(1, int(interval * self.iterations_per_epoch))
-        if interval == self.iterations_per_epoch and not across_epochs:
-            interval = trainer.val_check_interval = 1.0
+            interval = max(1, int(interval * iterations))
+        if interval == iterations and not across_epochs:
+            interval = 1.0
         if isinstance(interval, int):
-            if interval > self.iterations_per_epoch and not across_epochs and trainer.limit_val_batches:
+            if interval > iterations and not across_epochs and trainer.limit_val_batches:
                 raise MisconfigurationException(
-                    f"val_check_interval {interval} is more than the {self.iterations_per_epoch} minibatches of an "
+                    f"val_check_interval {interval} is more than the {iterations} minibatches of an "
                     "epoch; to count across epochs, set check_val_every_n_epoch to null"
                 )
             intervals.append(interval)
         if any(intervals):
             # The epoch's length too: a shorter last list would put all that follows out of step.
-            self._steps_per_execution = gcd(self._steps_per_execution, self.iterations_per_epoch, *intervals)
+            steps = gcd(steps, iterations, *intervals)
         if isinstance(interval, int):
-            if interval == self._steps_per_execution > 1:
+            if interval == steps > 1:
                 # Lightning takes an interval of 1 for 1.0, the whole epoch.
-                divisors = range(1, interval)
-                self._steps_per_execution = max(divisor for divisor in divisors if interval % divisor == 0)
-            trainer.val_check_interval = interval // self._steps_per_execution
+                steps = max(divisor for divisor in range(1, interval) if interval % divisor == 0)
+            interval //= steps
+        return iterations, interval, steps

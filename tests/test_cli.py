@@ -15,7 +15,7 @@ README = Path(__file__).parent.parent / "README.md"
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["fit", "--data.batch_sizes=3"], "data.batch_sizes"),
+        (["fit", "--data.batch_sizes=3"], "no setting data.batch_sizes; did you mean data.batch_size?"),
         (["fit", "--data.batch_size=many"], "data.batch_size"),
         (["fit", "--data.batch_size=0"], "batch_size"),
         (["fit", "--data.steps_per_execution=0"], "steps_per_execution"),
@@ -36,9 +36,26 @@ README = Path(__file__).parent.parent / "README.md"
         (["test", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
         (["test", f"--ckpt_path={README}"], "README.md"),
         (["test"], "ckpt_path"),
-        (["fit", f"--config={README.parent / 'LICENSE'}"], "config"),
-        (["fit", f"--config={README.parent / '.github/assets/misclassified.png'}"], "config"),
+        (["fit", f"--config={README.parent / 'LICENSE'}"], "LICENSE"),
+        (["fit", f"--config={README.parent / '.github/assets/misclassified.png'}"], "misclassified.png"),
         (["fit", "--trainer.max_epochs=two"], "trainer.max_epochs"),
+        (["fit", "--trainer.max_epochs=0"], "trainer.max_epochs must be at least 1, or -1 for no limit, not 0"),
+        (["fit", "--trainer.max_epochs=-2"], "trainer.max_epochs"),
+        (["fit", "--trainer.max_steps=0"], "trainer.max_steps"),
+        (["fit", "--trainer.log_every_n_steps=-1"], "trainer.log_every_n_steps must be at least 0, not -1"),
+        (["fit", "--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch"),
+        (["fit", "--trainer.num_sanity_val_steps=-2"], "trainer.num_sanity_val_steps"),
+        (["fit", "--trainer.val_check_interval=0"], "val_check_interval must be above 0"),
+        (["fit", "--trainer.val_check_interval=12"], "val_check_interval 12 is more than the 11 minibatches"),
+        (["fit", "--trainer.limit_train_batches=0.01"], "limit_train_batches"),
+        (["fit", "--trainer.limit_train_batches=-1"], "limit_train_batches"),
+        (["fit", "--checkpoint_every=-1"], "checkpoint_every"),
+        (["fit", "--trainer.max_epoch=3"], "no setting trainer.max_epoch; did you mean trainer.max_epochs?"),
+        (["fit", "--modle.hidden_dim=3"], "did you mean model.hidden_dim?"),
+        (["data", "--data.rot=x"], "did you mean data.root?"),
+        (["fit", "--model.learning_rate=inf"], "learning_rate"),
+        (["fit", "--model.learning_rate=-0.1"], "learning_rate"),
+        (["fit", "--model.init_std=nan"], "init_std"),
         (["fit", "--trainer.devices=2"], "trainer.devices"),
         (["learn"], "learn"),
         (["data", "--data.val_size=0"], "val_size"),
@@ -53,6 +70,30 @@ def test_wrong_commands_are_refused(
     assert err.count("\n") == 1
     assert named in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"trainer:\n  max_epochs: 3\n bad: [\n", "wrong.yaml: line 3, column 2: did not find expected key"),
+        (b"trainer:\n\tmax_epochs: 3\n", "wrong.yaml: line 2, column 1: "),
+        (b"- 1\n", "wrong.yaml: "),
+        (b"\x89PNG\xff", "wrong.yaml: "),
+        (b"data:\n  batch_size: many\n", 'wrong.yaml: Parser key "data.batch_size"'),
+        (b"trainer:\n  max_epoch: 3\n", "there is no setting trainer.max_epoch; did you mean trainer.max_epochs?"),
+        (b"trainer:\n  max_epochs: 0\n", "trainer.max_epochs must be at least 1"),
+        (b"model:\n  learning_rate: .nan\n", "learning_rate must be a finite number above 0"),
+    ],
+)
+def test_wrong_configs_are_refused(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    Path("wrong.yaml").write_bytes(content)
+    assert run_cli("fit", "--config=wrong.yaml") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"mnist_lightning: {message}")
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.yaml"]
 
 
 def test_damaged_data_fails_before_there_is_a_run(
