@@ -49,11 +49,15 @@ class UsageError(Exception):
 class Parser(LightningArgumentParser):
     """Raises errors instead of printing them below the usage text."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A setting that does not exist must not be taken for one that begins in the same way.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
         message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
         message = re.sub(r"(?s)Does not validate.*?Errors:.*Given value: ", "This value is not allowed: ", message)
-        if unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
+        if unknown := re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+')([\w.]+)", message):
             nearest = difflib.get_close_matches(unknown[1], _known_keys(self), n=1)
             message = f"there is no setting {unknown[1]}" + (f"; did you mean {nearest[0]}?" if nearest else "")
         raise UsageError(message) from ex
@@ -98,7 +102,6 @@ class CLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "mnist_lightning",
-                "allow_abbrev": False,  # a setting that does not exist must not be taken for another
                 "description": "Train a two-layer network to read handwritten digits.",
                 "epilog": "`data` gets and verifies the data without training; see `data --help`.",
             },

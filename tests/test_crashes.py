@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import RunCLI, fork
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 
 from mnist_lightning import classifier
@@ -31,6 +32,12 @@ from mnist_lightning.model import MLP
 Start = Callable[..., BaseProcess]
 Step = Callable[[MNISTClassifier, Tensor, Tensor], tuple[Tensor, Tensor]]
 ordinary_step: Step = MNISTClassifier._fused_or_step
+
+
+@pytest.fixture(autouse=True)
+def _event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number the event files of one second so that their names sort, as those of processes that take longer do."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 class DropoutMLP(MLP):
