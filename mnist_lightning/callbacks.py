@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -17,6 +19,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -74,6 +77,7 @@ class Report(Callback):
         self.val: list[list[float]] = []
         self._loaded: tuple[int, str] | None = None
         self._resumes_from = 0, 0  # epochs and iterations
+        self._fits = False
         self._seconds_of_resumed_runs = 0.0
         self._started: float | None = None
 
@@ -100,9 +104,9 @@ class Report(Callback):
             self._resumes_from = epochs, checkpoint["global_step"]
             return
         self._loaded = checkpoint["global_step"], checkpoint["datamodule_hyper_parameters"]["dataset"]
-        if not self.train:
-            print(f"Weights of iteration {self._loaded[0]:,}, trained on {NAMES[self._loaded[1]]}")
-            print(f"Reading {_data(trainer).dataset_name}", flush=True)
+        if not self._fits:
+            say(f"Weights of iteration {self._loaded[0]:,}, trained on {NAMES[self._loaded[1]]}")
+            say(f"Reading {_data(trainer).dataset_name}")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -112,23 +116,28 @@ class Report(Callback):
             logger.save()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._fits = True
         epochs, iteration = self._resumes_from
         for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
-            if done and done == getattr(trainer, name):
-                print(f"This run is done, at iteration {iteration:,}; to train longer, give a larger --trainer.{name}")
+            if done >= (getattr(trainer, name) or 0) > 0:
+                say(f"This run is done, at iteration {iteration:,}; to train longer, give a larger --trainer.{name}")
                 return
         data = _data(trainer)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-        print(
+        say(
             f"Training on {data.dataset_name}: {len(data.train[1]):,} images, {len(data.val[1]):,} for validation; "
-            f"{parameters:,} parameters on {pl_module.device}, seed {data.seed}",
-            flush=True,
+            f"{parameters:,} parameters on {pl_module.device}, seed {data.seed}"
         )
-        if iteration:
-            print(f"Resuming after iteration {iteration:,}", flush=True)
+        if trainer.ckpt_path:
+            say(f"Resuming {trainer.ckpt_path} after iteration {iteration:,}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
+        if trainer.global_step:
+            # Takes back what was logged after the checkpoint. Not earlier: a run that cannot be resumed keeps it.
+            restart = SessionLog(status=SessionLog.START)
+            for writer in _tensorboards(trainer):
+                writer.file_writer.add_event(Event(step=trainer.global_step + 1, session_log=restart))
         settings = {**pl_module.hparams, **_data(trainer).hparams}
         metrics = dict.fromkeys(("test/acc", "test/loss", "val/acc", "val/loss"))
         for writer in _tensorboards(trainer):
@@ -140,7 +149,7 @@ class Report(Callback):
     ) -> None:
         for iteration, loss, acc in outputs["points"]:
             self.train.append([iteration, loss, acc])
-            print(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}", flush=True)
+            say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -149,7 +158,7 @@ class Report(Callback):
         self.val.append([_iteration(pl_module), loss, acc])
         fitting = trainer.state.fn == TrainerFn.FITTING
         metrics = f"validation loss: {loss:.2f}, validation accuracy: {acc:.1%}"
-        print(f"Epoch: {trainer.current_epoch + 1}, {metrics}" if fitting else metrics.capitalize(), flush=True)
+        say(f"Epoch: {trainer.current_epoch + 1}, {metrics}" if fitting else metrics.capitalize())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seconds_of_resumed_runs, self._started = self.train_seconds, None
@@ -157,7 +166,7 @@ class Report(Callback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss, acc = _metrics(trainer, "test")
-        print(f"Test loss: {loss:.2f}, test accuracy: {acc:.1%}", flush=True)
+        say(f"Test loss: {loss:.2f}, test accuracy: {acc:.1%}")
         self._write_results(trainer, pl_module)
 
     def _write_results(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -278,7 +287,7 @@ class PredictionWriter(Callback):
             writer.writerow(["image", "digit", "probability"])
             for image, (digit, probability) in enumerate(zip(digits.tolist(), probabilities.tolist(), strict=True)):
                 writer.writerow([image, digit, f"{probability:.4f}"])
-        print(f"Predicted {len(digits):,} digits")
+        say(f"Predicted {len(digits):,} digits")
 
 
 class RunLogger(TensorBoardLogger):
@@ -289,14 +298,22 @@ class RunLogger(TensorBoardLogger):
     def experiment(self) -> SummaryWriter:
         """The writer; the first use makes the run's directory."""
         # Lightning takes the next free number long before: of runs that start at once, several would take the same.
-        while self._experiment is None and isinstance(self.version, int):
+        while self._experiment is None and isinstance(version := self.version, int):
             try:
                 Path(self.log_dir).mkdir(parents=True)
                 break
             except FileExistsError:
-                self._version = self._get_next_version()
+                self._version = version + 1
         writer: SummaryWriter = super().experiment
         return writer
+
+
+def say(line: str) -> None:
+    """Print a line. Where nobody reads any more, as after `| head`, training goes on without."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_directory(trainer: pl.Trainer) -> Path | None:

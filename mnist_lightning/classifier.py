@@ -22,8 +22,7 @@ class MNISTClassifier(pl.LightningModule):
     """An `MLP` trained with the mean softmax cross-entropy and Adam (betas 0.9 and 0.999, eps 1e-8).
 
     Metrics: `train/loss`, `train/acc` every `Trainer(log_every_n_steps)` iterations; `val/*`, `test/*` over the whole
-    split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is iterations. A checkpoint
-    holds the state of PyTorch's random numbers on the CPU, so that a resumed run draws the same ones.
+    split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is iterations.
 
     Args:
         hidden_dim: Number of hidden ReLU units, at least 1.
@@ -49,8 +48,6 @@ class MNISTClassifier(pl.LightningModule):
         self.save_hyperparameters(ignore="fused_step")
         self.fused_step = fused_step
         self._loaded_iteration = 0
-        self._rng_state: Tensor | None = None
-        self._max_steps = -1
         self.learning_rate = learning_rate
         self.mlp = MLP(hidden_dim, init_std)
         self.example_input_array = torch.zeros(1, PIXELS)
@@ -67,17 +64,11 @@ class MNISTClassifier(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
 
     def on_fit_start(self) -> None:
-        """Draw the graph in the weights' own precision, and hide `max_steps` while Lightning restores a checkpoint.
-
-        With it, Lightning 2.6 would count the epoch twice at whose end the checkpoint was saved, and the shuffle of the
-        next one would be left out.
-        """
+        """Draw the graph in the weights' own precision."""
         self.example_input_array = torch.zeros(1, PIXELS).to(self.dtype)
-        epoch_loop = self.trainer.fit_loop.epoch_loop
-        self._max_steps, epoch_loop.max_steps = epoch_loop.max_steps, -1
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the run to resume; decide anew whether steps can be fused.
+        """Decide anew for each fit whether its steps can be fused.
 
         Raises:
             MisconfigurationException: The run to resume was ended by `max_steps` within an epoch.
@@ -88,28 +79,19 @@ class MNISTClassifier(pl.LightningModule):
             raise TypeError(
                 "train with `Trainer.fit(model, datamodule=MNISTDataModule())`: one batch is many minibatches"
             )
-        self.trainer.fit_loop.epoch_loop.max_steps = self._max_steps
-        done = self.global_step == self.trainer.max_steps
+        done = 0 <= self.trainer.max_steps <= self.global_step
         if self.global_step < self.current_epoch * data.iterations_per_epoch and not done:
             # Lightning takes that epoch for finished and would leave out the rest of it.
             raise MisconfigurationException(
                 f"the checkpoint is from iteration {self.global_step}, where max_steps ended an epoch early; "
                 "only whole epochs can be resumed"
             )
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)
-            self._rng_state = None
         self._fused: FusedStep | None = None
         self._try_fused = self.fused_step and can_fuse(self)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random numbers."""
-        checkpoint["rng_state"] = torch.get_rng_state()
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember how long the weights were trained, for the x-axis of their test, and the random numbers' state."""
+        """Remember how long the weights were trained, for the x-axis of their test."""
         self._loaded_iteration = checkpoint["global_step"]
-        self._rng_state = checkpoint.get("rng_state")
 
     @property
     def iteration(self) -> int:
@@ -184,14 +166,9 @@ class MNISTClassifier(pl.LightningModule):
         self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the split's metrics.
-
-        Raises:
-            FloatingPointError: The loss is not finite; `best.ckpt` is not saved then.
-        """
+        """Log the split's metrics, before callbacks save a checkpoint."""
         if not self.trainer.sanity_checking:
             self._log_split("val")
-            _check_finite([self.trainer.callback_metrics["val/loss"]], self.iteration)
 
     def test_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Measure a minibatch of the test split, images (B, 784) and labels (B,); return its logits, (B, 10)."""

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator
@@ -17,15 +18,25 @@ import torch.nn.functional as F
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.core import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
 
 from mnist_lightning import plots
-from mnist_lightning.callbacks import Figures, IterationProgressBar, PredictionWriter, Report, RunLogger, run_directory
-from mnist_lightning.checkpoints import CheckpointError, CheckpointIO, LastCheckpoint, Stopped, read
+from mnist_lightning.callbacks import (
+    Figures,
+    IterationProgressBar,
+    PredictionWriter,
+    Report,
+    RunLogger,
+    run_directory,
+    say,
+)
+from mnist_lightning.checkpoints import BestAndLast, CheckpointError, CheckpointIO, Stopped, read
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.model import CLASSES
@@ -57,13 +68,13 @@ class Parser(LightningArgumentParser):
         """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
         message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
         message = re.sub(r"(?s)Does not validate.*?Errors:.*Given value: ", "This value is not allowed: ", message)
-        if unknown := re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+')([\w.]+)", message):
+        if unknown := re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+')([\w.-]+)", message):
             nearest = difflib.get_close_matches(unknown[1], _known_keys(self), n=1)
             message = f"there is no setting {unknown[1]}" + (f"; did you mean {nearest[0]}?" if nearest else "")
         raise UsageError(message) from ex
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse a config file; errors name it, and the line where it is no YAML."""
+        """Parse a config file; errors in its syntax or its values name it and, where it is no YAML, the line."""
         try:
             return super().parse_path(path, *args, **kwargs)
         except (UsageError, OSError, ValueError) as error:
@@ -83,6 +94,19 @@ def _known_keys(parser: ArgumentParser) -> Iterator[str]:
                 yield from _known_keys(subparser)
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves `config.yaml` when training begins: a run that cannot be resumed keeps its own."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save at once where nothing is trained."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        super().setup(trainer, pl_module, "fit")
+
+
 class CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict`."""
 
@@ -90,6 +114,7 @@ class CLI(LightningCLI):
         super().__init__(
             MNISTClassifier,
             MNISTDataModule,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "accelerator": "cpu",
@@ -138,8 +163,25 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Check the seed, and resolve `best` and `last`, which Lightning would look for in the new run's directory."""
-        super().parse_arguments(parser, args)
+        arguments = list(map(str, sys.argv[1:] if args is None else args))
+        super().parse_arguments(parser, arguments)
         config = self.config[self.config.subcommand]
+        self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
+        self._run: Path | None = None
+        if config.ckpt_path:
+            checkpoint = _checkpoint(config.ckpt_path, self._runs)
+            run = checkpoint.resolve().parent.parent
+            if self.config.subcommand == "fit" and run.parent == self._runs.resolve():
+                # Goes on in its own directory, with its own settings where the command gives no others.
+                self._run = run
+                if (run / "config.yaml").is_file():
+                    at = arguments.index("fit") + 1
+                    settings = ["--config", str(run / "config.yaml")]
+                    super().parse_arguments(parser, [*arguments[:at], *settings, *arguments[at:]])
+                    config = self.config.fit
+            config.ckpt_path = str(checkpoint)
+        elif self.config.subcommand != "fit":
+            raise UsageError("ckpt_path: which weights? Give `best` or `last` of the newest run, or a path")
         seed = config.seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}")
@@ -148,25 +190,24 @@ class CLI(LightningCLI):
             if value is not None and value < least and value != unlimited:
                 choice = "" if unlimited is None else f", or {unlimited} for no limit"
                 raise UsageError(f"trainer.{name} must be at least {least}{choice}, not {value}")
-        self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
-        if config.ckpt_path:
-            config.ckpt_path = str(_checkpoint(config.ckpt_path, self._runs))
-        elif self.config.subcommand != "fit":
-            raise UsageError("ckpt_path: which weights? Give `best` or `last` of the newest run, or a path")
 
     def _parse_ckpt_path(self) -> None:
         # The checkpoint's model settings win over all others in Lightning, without a word.
         command = self.config.subcommand
         config = self.config[command]
-        self._resume_from = 0
-        if config.ckpt_path:
-            try:
-                self._resume_from = read(Path(config.ckpt_path))["global_step"]
-            except CheckpointError as error:
-                raise UsageError(f"ckpt_path: {error}") from error
+        if not config.ckpt_path:
+            return
+        try:
+            checkpoint = read(Path(config.ckpt_path))
+        except CheckpointError as error:
+            raise UsageError(f"ckpt_path: {error}") from error
         super()._parse_ckpt_path()
+        if command == "fit" and config.data.dataset == "auto":
+            self.config.fit.data.dataset = checkpoint["datamodule_hyper_parameters"]["dataset"]
         for name, value in self.config[command].model.items():
-            if config.model[name] not in (value, self._parser(command).get_default(f"model.{name}")):
+            # A default was asked for by nobody, unless it stands in the run's own config.
+            default = value if self._run else self._parser(command).get_default(f"model.{name}")
+            if config.model[name] not in (value, default):
                 raise UsageError(f"model.{name} is {config.model[name]}, but the checkpoint was trained with {value}")
 
     def instantiate_classes(self) -> None:
@@ -185,37 +226,35 @@ class CLI(LightningCLI):
         ):
             if config[name] not in (off, 0):
                 raise UsageError(f"trainer.{name} does not work with several optimizer steps a call; use {instead}")
-        checkpoint = self.config[self.subcommand].ckpt_path
         if config.logger in (None, True):
-            # A run that is resumed goes on in its own directory.
-            run = Path(checkpoint or "").resolve().parent.parent
-            resumes = self.subcommand == "fit" and checkpoint and run.parent == self._runs.resolve()
             kwargs["logger"] = RunLogger(
                 self._runs.parent,
                 name=RUNS,
-                version=run.name if resumes else None,
-                log_graph=not resumes,
+                version=self._run.name if self._run else None,
+                log_graph=self._run is None,
                 default_hp_metric=False,
-                # Takes back what the run logged after it had saved the checkpoint.
-                purge_step=self._resume_from + 1 if resumes else None,
             )
-        callbacks = [*(config.callbacks or []), Report(), PredictionWriter()]
+        callbacks, plugins = (
+            given if isinstance(given, list) else [given] if given else []
+            for given in (config.callbacks, config.plugins)
+        )
+        if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
+            raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
+        callbacks = [*callbacks, Report(), PredictionWriter()]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
                 callbacks.append(IterationProgressBar())
             else:
                 kwargs["enable_progress_bar"] = False
-        self._best = None
+        self._best_and_last = None
         if self.subcommand != "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
             kwargs["enable_checkpointing"] = False
         elif config.enable_checkpointing is not False and not config.fast_dev_run:
-            self._best = ModelCheckpoint(filename="best", monitor="val/acc", mode="max", enable_version_counter=False)
-            # Not `save_last`, which saves only where the best was saved too.
-            callbacks += [self._best, LastCheckpoint(self.config[self.subcommand].checkpoint_every)]
+            self._best_and_last = BestAndLast(self.config[self.subcommand].checkpoint_every)
+            callbacks.append(self._best_and_last)
         if config.logger is False:
             self.save_config_callback = None
-        plugins = [*(config.plugins or []), CheckpointIO()]
-        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=[*plugins, CheckpointIO()])
         if trainer.world_size > 1:
             raise UsageError("trainer.devices and num_nodes: training in several processes does not work yet; use 1")
         return trainer
@@ -224,29 +263,29 @@ class CLI(LightningCLI):
         """Train, then test."""
         # config.yaml repeats the whole run, also where this process resumed it.
         self.config.fit.ckpt_path = None
-        self.trainer.fit(**kwargs, weights_only=True)
+        self.trainer.fit(**kwargs)
         if self.config.fit.test_after_fit:
-            best = self._best.best_model_path if self._best and self.config.fit.test_weights == "best" else None
+            best = None
+            if self._best_and_last and self.config.fit.test_weights == "best":
+                best = self._best_and_last.best(self.trainer)
             # The hyperparameters and the graph are logged already.
             self.trainer.enable_autolog_hparams = False
-            self.trainer.test(
-                self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False, weights_only=True
-            )
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
         self._say_where()
 
     def validate(self, **kwargs: Any) -> None:
         """Measure the validation split."""
-        self.trainer.validate(**kwargs, verbose=False, weights_only=True)
+        self.trainer.validate(**kwargs, verbose=False)
         self._say_where()
 
     def test(self, **kwargs: Any) -> None:
         """Measure the test split and draw the figures."""
-        self.trainer.test(**kwargs, verbose=False, weights_only=True)
+        self.trainer.test(**kwargs, verbose=False)
         self._say_where()
 
     def predict(self, **kwargs: Any) -> None:
         """Read the test split's digits."""
-        self.trainer.predict(**kwargs, return_predictions=False, weights_only=True)
+        self.trainer.predict(**kwargs, return_predictions=False)
         self._say_where()
 
     def _say_where(self) -> None:
@@ -255,9 +294,9 @@ class CLI(LightningCLI):
             return
         if directory.is_relative_to(Path.cwd()):
             directory = directory.relative_to(Path.cwd())
-        print(f"Run: {directory}")
+        say(f"Run: {directory}")
         if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
-            print(f"Look at it: tensorboard --logdir {directory.parent}")
+            say(f"Look at it: tensorboard --logdir {directory.parent}")
 
 
 def _checkpoint(name: str, runs: Path) -> Path:
@@ -309,6 +348,9 @@ def main() -> int:
         0 when done, 1 when the job failed, 2 when the command or config was wrong, 128 + the number of a signal.
     """
     _silence_what_no_user_can_act_on()
+    if os.environ.get("MNIST_LIGHTNING_DEBUG") != "1":
+        # TensorBoard's: on a full disk its writer fails in a thread, and then again where it is called.
+        threading.excepthook = lambda arguments: None
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         if sys.argv[1:2] == ["data"]:
@@ -317,10 +359,9 @@ def main() -> int:
             CLI()
         return 0
     except Stopped as stopped:
-        run = stopped.checkpoint.parent.parent
-        config = ["--config", str(run / "config.yaml")] if (run / "config.yaml").exists() else []
+        config = ["--config", str(stopped.run / "config.yaml")] if stopped.run else []
         resume = ["python", "-m", "mnist_lightning", "fit", *config, "--ckpt_path", str(stopped.checkpoint)]
-        print(f"Stopped and saved at iteration {stopped.iteration:,}; to go on:\n{shlex.join(resume)}")
+        say(f"Stopped and saved at iteration {stopped.iteration:,}; to go on:\n{shlex.join(resume)}")
         return 128 + stopped.signum
     except KeyboardInterrupt:
         print("mnist_lightning: interrupted", file=sys.stderr)
@@ -348,6 +389,7 @@ def _silence_what_no_user_can_act_on() -> None:
         r"The number of training batches .* is smaller than the logging interval",  # counts lists of minibatches
         r"Checkpoint directory .* exists and is not empty",  # of the run that is being resumed
         r"Using ModelCheckpoint with manual optimization",  # saving the weights after an iteration is what is wanted
+        r"LightningCLI's args parameter is intended to run from within Python",  # to add a run's own config
         r"Be aware that when using `ckpt_path`, callbacks",  # only `fit` writes checkpoints
     ):
         warnings.filterwarnings("ignore", message)

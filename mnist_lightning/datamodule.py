@@ -87,6 +87,12 @@ class MNISTDataModule(pl.LightningDataModule):
                 # `setup` would say so too, but after the loggers have made the run's directory.
                 train_size = files.count(self._raw, "train") - self.val_size
                 self._in_minibatches(self.trainer, ceil(train_size / self.batch_size))
+                for split, size in {"val": self.val_size, "test": files.count(self._raw, "t10k")}.items():
+                    limit, minibatches = getattr(self.trainer, f"limit_{split}_batches"), ceil(size / self.batch_size)
+                    if isinstance(limit, float) and 0 < limit * minibatches < 1:
+                        raise MisconfigurationException(
+                            f"limit_{split}_batches {limit} of {minibatches} minibatches is none; give 0 for none"
+                        )
 
     def setup(self, stage: str) -> None:
         """Read and split what `stage` needs: `fit`, `validate`, `test` or `predict`."""
@@ -123,7 +129,8 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be the same for a checkpoint to go on as if nothing had happened."""
-        return {name: value for name, value in self.hparams.items() if name != "steps_per_execution"}
+        settings = {name: value for name, value in self.hparams.items() if name != "steps_per_execution"}
+        return {**settings, "iterations_per_epoch": self.iterations_per_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to resume on other data than the checkpoint was trained with.
@@ -134,9 +141,9 @@ class MNISTDataModule(pl.LightningDataModule):
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         for name, value in self.state_dict().items():
-            if state_dict[name] != value:
+            if state_dict.get(name) != value:
                 raise MisconfigurationException(
-                    f"data.{name} is {value}, but the checkpoint was trained with {state_dict[name]}; "
+                    f"data.{name} is {value}, but the checkpoint was trained with {state_dict.get(name)}; "
                     "give the same to resume it"
                 )
 

@@ -116,10 +116,12 @@ def _download(names: list[str], directory: str) -> str:
         OSError: The disk is full.
     """
     result: Future[str] = Future()
+    given_up = threading.Event()
 
     def fetch() -> None:
         try:
-            result.set_result(next(filter(None, (_from_mirrors(f"{name}.gz", directory) for name in names)), ""))
+            failures = (_from_mirrors(f"{name}.gz", directory, given_up) for name in names)
+            result.set_result(next(filter(None, failures), ""))
         except Exception as error:
             result.set_exception(error)
 
@@ -137,12 +139,15 @@ def _download(names: list[str], directory: str) -> str:
                 size, since = now, time.monotonic()
     finally:
         socket.setdefaulttimeout(default)
+        given_up.set()
     return f"nothing arrived for {DOWNLOAD_TIMEOUT:.0f} s" if thread.is_alive() else result.result()
 
 
-def _from_mirrors(name: str, directory: str) -> str:
+def _from_mirrors(name: str, directory: str, given_up: threading.Event) -> str:
     failures = []
     for mirror in MNIST.mirrors:
+        if given_up.is_set():
+            break
         try:
             download_and_extract_archive(f"{mirror}{name}", directory, filename=name, md5=dict(MNIST.resources)[name])
             return ""
