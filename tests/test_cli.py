@@ -48,6 +48,7 @@ README = Path(__file__).parent.parent / "README.md"
         (["fit", "--trainer.val_check_interval=0"], "val_check_interval must be above 0"),
         (["fit", "--trainer.val_check_interval=12"], "val_check_interval 12 is more than the 11 minibatches"),
         (["fit", "--trainer.limit_train_batches=0.01"], "limit_train_batches"),
+        (["fit", "--trainer.limit_test_batches=0.1"], "limit_test_batches 0.1 of 3 minibatches is none"),
         (["fit", "--trainer.limit_train_batches=-1"], "limit_train_batches"),
         (["fit", "--checkpoint_every=-1"], "checkpoint_every"),
         (["fit", "--trainer.max_epoch=3"], "no setting trainer.max_epoch; did you mean trainer.max_epochs?"),

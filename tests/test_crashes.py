@@ -216,7 +216,7 @@ def test_two_processes_do_not_resume_one_run(tmp_path: Path, root: Path, start: 
     while first.is_alive() and not list(tmp_path.glob("lightning_logs/*/checkpoints/best.ckpt")):
         time.sleep(0.05)
     second = start(tmp_path, [*small(root), "--ckpt_path=last"])
-    second.join()
+    second.join(60)
     assert second.exitcode == 2
     assert "another process is training in" in (tmp_path / "output.txt").read_text()
     assert first.is_alive()

@@ -260,9 +260,12 @@ def test_resuming_a_run_of_another_place_leaves_the_runs_here_alone(
     runs = tmp_path / "there/lightning_logs"
     before = (runs / "version_0/checkpoints/last.ckpt").read_bytes()
     other = tmp_path / "here/lightning_logs/version_0/checkpoints/last.ckpt"
+    unbeatable = torch.load(other, weights_only=True)
+    unbeatable["callbacks"]["BestAndLast"]["best"] = 1.0
+    torch.save(unbeatable, other)
     assert run_cli("fit", "--trainer.max_epochs=2", f"--ckpt_path={other}") == 0
     assert (runs / "version_0/checkpoints/last.ckpt").read_bytes() == before
-    assert load(runs / "version_1")["global_step"] == 22
+    assert load(runs / "version_1")["global_step"] == load(runs / "version_1", "best")["global_step"] == 22
 
 
 def test_results_of_the_last_weights_after_resuming(run_cli: RunCLI, tmp_path: Path) -> None:
