@@ -117,12 +117,15 @@ class Report(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._fits = True
+        data = _data(trainer)
         epochs, iteration = self._resumes_from
         for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
             if done >= (getattr(trainer, name) or 0) > 0:
-                say(f"This run is done, at iteration {iteration:,}; to train longer, give a larger --trainer.{name}")
+                longer = f"to train longer, give a larger --trainer.{name}"
+                if iteration % data.iterations_per_epoch:
+                    longer = "it ended within an epoch and cannot be trained longer"
+                say(f"This run is done, at iteration {iteration:,}; {longer}")
                 return
-        data = _data(trainer)
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         say(
             f"Training on {data.dataset_name}: {len(data.train[1]):,} images, {len(data.val[1]):,} for validation; "

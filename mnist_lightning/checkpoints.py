@@ -2,14 +2,12 @@
 
 import contextlib
 import io
-import itertools
 import os
 import re
 import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +22,8 @@ from torch import Tensor
 
 from mnist_lightning.callbacks import run_directory
 from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.files import NAMES
 
 
 class CheckpointError(RuntimeError):
@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: It holds something else, is damaged, or is not of this program.
     """
     try:
-        # PyTorch writes checksums but does not look at them.
+        # PyTorch writes the zip format's CRC-32 sums but does not look at them; `testzip` does.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is None:
@@ -77,7 +77,10 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is damaged or no checkpoint: expected what `fit` saves, found {path.stat().st_size:,} bytes that "
             f"cannot be read ({damaged})"
         )
-    parts = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step", "loops", "callbacks")
+    parts = (
+        *("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step", "loops", "callbacks"),
+        "pytorch-lightning_version",
+    )
     found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if not isinstance(checkpoint, dict) or any(part not in checkpoint for part in parts):
         raise CheckpointError(f"{path} is not of this program: expected {', '.join(parts)}, found {found}")
@@ -88,75 +91,91 @@ def read(path: Path) -> dict[str, Any]:
             {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in state.items()}
             for state in (network.state_dict(), checkpoint["state_dict"])
         )
-        epochs_done(checkpoint)
-        str(checkpoint["datamodule_hyper_parameters"]["dataset"])
-        for optimizer in checkpoint.get("optimizer_states", []):
-            optimizer["state"], optimizer["param_groups"]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
+        if not all(isinstance(count, int) for count in progress):
+            raise TypeError("epochs and iterations must be whole numbers")
+        NAMES[checkpoint["datamodule_hyper_parameters"]["dataset"]]
+        finite = all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
     except Exception as error:  # whatever plain values may lead to that are in the wrong place
         raise CheckpointError(f"{path} is not of this program: {type(error).__name__}: {error}") from error
     if shapes != expected:
         raise CheckpointError(
             f"{path} is of another network: expected weights {_shapes(expected)}, found {_shapes(shapes)}"
         )
-    if not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
+    try:
+        for optimizer in checkpoint.get("optimizer_states", []):
+            _check_optimizer(optimizer, list(network.parameters()))
+    except Exception as error:
+        raise CheckpointError(f"{path} is not of this program: {type(error).__name__}: {error}") from error
+    if not finite:
         raise CheckpointError(f"{path} is refused: expected weights that are finite numbers, found some that are not")
-    for text in _texts(checkpoint["callbacks"]):
-        # Lightning's ModelCheckpoint would delete it as the best checkpoint so far, wherever it leads.
-        if ".." in itertools.dropwhile(lambda part: part == "..", Path(text).parts):
-            raise CheckpointError(f"{path} is refused: expected paths inside its run, found {text}")
     return checkpoint
 
 
-def epochs_done(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """Say how many epochs and how many iterations a checkpoint's run has behind it."""
-    epochs: int = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    iterations: int = checkpoint["global_step"]
-    if not isinstance(epochs, int) or not isinstance(iterations, int):
-        raise TypeError("epochs and iterations must be whole numbers")
-    return epochs, iterations
+def _check_optimizer(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
+    """Raise where a tensor does not fit its parameter: PyTorch's fused kernels would write outside of it."""
+    if len(optimizer["param_groups"][0]["params"]) > len(parameters):
+        raise ValueError("an optimizer of more parameters than the network has")
+    for index, state in optimizer["state"].items():
+        for name, value in state.items():
+            shape = torch.Size() if name == "step" else parameters[index].shape
+            if value.shape != shape or not value.is_floating_point() or not value.is_contiguous():
+                raise ValueError(f"expected the optimizer's {name} of shape {tuple(shape)}, found {tuple(value.shape)}")
 
 
 def _shapes(weights: dict[str, tuple[tuple[int, ...], bool]]) -> str:
     return ", ".join(f"{name} {shape}" for name, (shape, _) in weights.items())
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _texts([*value.keys(), *value.values()])
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from _texts(item)
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside `path`, sync it to the disk, and rename it to `path`, so that one of the two is there whole.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` is left as it was.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
 
 
 class CheckpointIO(TorchCheckpointIO):
     """Lets the Trainer replace checkpoints in one step and load them by `read`, whatever its caller asks for."""
 
+    def __init__(self) -> None:
+        self._directories: set[Path] = set()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the checkpoint to a file beside `path`, sync it to the disk, and rename it to `path`.
+        """Replace the checkpoint at `path`, if there is one, by `write_whole`.
 
         Raises:
             CheckpointError: It cannot be written; the checkpoint that was there before is left as it was.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.part")
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
+            write_whole(path, content.getvalue())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink()
             raise CheckpointError(
                 f"{path} cannot be saved: {error.strerror}; what was saved before, if anything, is whole: mend that "
                 "and resume with --ckpt_path"
             ) from error
+        self._directories.add(path.resolve().parent)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint beside those saved here, and nothing else that a stranger's checkpoint may name."""
+        path = Path(path).resolve()
+        if path.is_file() and path.suffix == ".ckpt" and path.parent in self._directories:
+            path.unlink()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
@@ -186,12 +205,13 @@ class BestAndLast(Checkpoint):
     Raises:
         Stopped: In `Trainer.fit`, when a signal has come and the checkpoint is saved.
         FloatingPointError: Weights are not finite; they are not saved.
-        MisconfigurationException: Another process is training in the run's directory.
+        MisconfigurationException: Another process is training in the run's directory, or the run to resume was ended
+            by `max_steps` within an epoch.
     """
 
     def __init__(self, every_n_iterations: int = 0) -> None:
         self.every_n_iterations = every_n_iterations
-        self._best = -1.0
+        self._best = -1.0  # before the first validation
         self._improved = False
         self._saved = 0
         self._rng_state: Tensor | None = None
@@ -207,26 +227,46 @@ class BestAndLast(Checkpoint):
         self._best = state_dict["best"]
         self._rng_state = state_dict["rng_state"]
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        data: MNISTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        iteration, epoch = checkpoint["global_step"], data.iterations_per_epoch
+        ended_early = iteration < epoch * checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if ended_early and not 0 <= trainer.max_steps <= iteration:
+            # Lightning takes that epoch for finished and would leave out the rest of it.
+            raise MisconfigurationException(
+                f"the checkpoint is from iteration {iteration}, where max_steps ended an epoch early; only whole "
+                "epochs can be resumed"
+            )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Comes between the restoring of the weights and that of the Trainer's progress. If `max_steps` is set then,
-        # Lightning 2.6 takes each checkpoint for one from within an epoch, and counts a finished one twice.
+        self._take_lock(trainer)
+        # Lightning calls this hook after it has restored the weights and before it restores its own progress. If
+        # `max_steps` is set then, Lightning 2.6 takes each checkpoint for one from within an epoch, and counts a
+        # finished one twice.
         epoch_loop = trainer.fit_loop.epoch_loop
         self._max_steps, epoch_loop.max_steps = epoch_loop.max_steps, -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._show_max_steps(trainer)
+        self._restore_max_steps(trainer)
         if self._rng_state is not None and trainer.ckpt_path:
             torch.set_rng_state(self._rng_state)
         self._rng_state = None
-        self._take_lock(trainer)
         self._saved = trainer.global_step
         if not self.path(trainer, "best").exists():  # the checkpoint is from another directory
             self._best = -1.0
         self._improved = False
         self._signum = None
-        if not self._saved:
-            # From here on `--ckpt_path last` means this run.
-            self._save(trainer, "last")
+        # From here on `--ckpt_path last` means this run.
+        last = self.path(trainer, "last")
+        if not last.exists():
+            if trainer.ckpt_path:
+                write_whole(last, Path(trainer.ckpt_path).read_bytes())
+            else:
+                self._save(trainer, "last")
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -304,7 +344,8 @@ class BestAndLast(Checkpoint):
         self._signum = signum
         self._restore_handlers()
         # Not `print`, which a handler must not call while another one is running.
-        os.write(2, b"Finishing the running iterations; a second signal stops at once.\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"Finishing the running iterations; a second signal stops at once.\n")
 
     def _take_lock(self, trainer: pl.Trainer) -> None:
         run = run_directory(trainer)
@@ -317,15 +358,17 @@ class BestAndLast(Checkpoint):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise MisconfigurationException(f"another process is training in {run}") from error
+        except OSError:
+            pass  # a file system without locks
 
     def _end(self, trainer: pl.Trainer) -> None:
         self._restore_handlers()
-        self._show_max_steps(trainer)
+        self._restore_max_steps(trainer)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def _show_max_steps(self, trainer: pl.Trainer) -> None:
+    def _restore_max_steps(self, trainer: pl.Trainer) -> None:
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
 

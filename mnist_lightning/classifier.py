@@ -6,7 +6,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
@@ -71,20 +70,12 @@ class MNISTClassifier(pl.LightningModule):
         """Decide anew for each fit whether its steps can be fused.
 
         Raises:
-            MisconfigurationException: The run to resume was ended by `max_steps` within an epoch.
             TypeError: The Trainer has no data module.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise TypeError(
                 "train with `Trainer.fit(model, datamodule=MNISTDataModule())`: one batch is many minibatches"
-            )
-        done = 0 <= self.trainer.max_steps <= self.global_step
-        if self.global_step < self.current_epoch * data.iterations_per_epoch and not done:
-            # Lightning takes that epoch for finished and would leave out the rest of it.
-            raise MisconfigurationException(
-                f"the checkpoint is from iteration {self.global_step}, where max_steps ended an epoch early; "
-                "only whole epochs can be resumed"
             )
         self._fused: FusedStep | None = None
         self._try_fused = self.fused_step and can_fuse(self)

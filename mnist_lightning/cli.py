@@ -1,5 +1,6 @@
 """The command line: Lightning's own CLI with this project's defaults, and errors as one clear line."""
 
+import contextlib
 import difflib
 import logging
 import os
@@ -36,7 +37,7 @@ from mnist_lightning.callbacks import (
     run_directory,
     say,
 )
-from mnist_lightning.checkpoints import BestAndLast, CheckpointError, CheckpointIO, Stopped, read
+from mnist_lightning.checkpoints import BestAndLast, CheckpointError, CheckpointIO, Stopped, read, write_whole
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.model import CLASSES
@@ -99,12 +100,14 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save at once where nothing is trained."""
-        if stage != "fit":
-            super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.already_saved = True  # also for the test that comes after
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        super().setup(trainer, pl_module, "fit")
+        """Save, in one step: a resumed run needs its config."""
+        if run := run_directory(trainer):
+            write_whole(run / "config.yaml", self.parser.dump(self.config, skip_none=False).encode())
 
 
 class CLI(LightningCLI):
@@ -162,7 +165,7 @@ class CLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Check the seed, and resolve `best` and `last`, which Lightning would look for in the new run's directory."""
+        """Resolve `best` and `last`, add the settings of the run that is resumed, and check what Lightning does not."""
         arguments = list(map(str, sys.argv[1:] if args is None else args))
         super().parse_arguments(parser, arguments)
         config = self.config[self.config.subcommand]
@@ -175,9 +178,10 @@ class CLI(LightningCLI):
                 # Goes on in its own directory, with its own settings where the command gives no others.
                 self._run = run
                 if (run / "config.yaml").is_file():
-                    at = arguments.index("fit") + 1
+                    if arguments[0] != "fit":
+                        raise UsageError("to resume a run, give `fit` before its settings")
                     settings = ["--config", str(run / "config.yaml")]
-                    super().parse_arguments(parser, [*arguments[:at], *settings, *arguments[at:]])
+                    super().parse_arguments(parser, ["fit", *settings, *arguments[1:]])
                     config = self.config.fit
             config.ckpt_path = str(checkpoint)
         elif self.config.subcommand != "fit":
@@ -192,7 +196,8 @@ class CLI(LightningCLI):
                 raise UsageError(f"trainer.{name} must be at least {least}{choice}, not {value}")
 
     def _parse_ckpt_path(self) -> None:
-        # The checkpoint's model settings win over all others in Lightning, without a word.
+        # LightningCLI calls this after parsing, to take the model's settings from the checkpoint; they would win over
+        # all others without a word.
         command = self.config.subcommand
         config = self.config[command]
         if not config.ckpt_path:
@@ -359,17 +364,16 @@ def main() -> int:
             CLI()
         return 0
     except Stopped as stopped:
-        config = ["--config", str(stopped.run / "config.yaml")] if stopped.run else []
+        run = stopped.run
+        config = ["--config", str(run / "config.yaml")] if run and (run / "config.yaml").exists() else []
         resume = ["python", "-m", "mnist_lightning", "fit", *config, "--ckpt_path", str(stopped.checkpoint)]
         say(f"Stopped and saved at iteration {stopped.iteration:,}; to go on:\n{shlex.join(resume)}")
         return 128 + stopped.signum
     except KeyboardInterrupt:
-        print("mnist_lightning: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _fail("interrupted", 128 + signal.SIGINT)
     except SystemExit as exit_:
         if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to end
-            print("mnist_lightning: interrupted", file=sys.stderr)
-            return 128 + signal.SIGINT
+            return _fail("interrupted", 128 + signal.SIGINT)
         raise
     except (UsageError, MisconfigurationException) as error:
         return _fail(error, 2)
@@ -395,8 +399,12 @@ def _silence_what_no_user_can_act_on() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _fail(error: Exception, code: int) -> int:
-    if os.environ.get("MNIST_LIGHTNING_DEBUG") == "1":
+def _fail(error: Exception | str, code: int) -> int:
+    if os.environ.get("MNIST_LIGHTNING_DEBUG") == "1" and isinstance(error, Exception):
         raise error
-    print(f"mnist_lightning: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    message = " ".join(str(error).split()) or type(error).__name__
+    # A damaged file's content must not reach the terminal's control codes, nor a closed console hide the exit code.
+    message = "".join(character if character.isprintable() else "?" for character in message)
+    with contextlib.suppress(OSError):
+        print(f"mnist_lightning: {message}", file=sys.stderr, flush=True)
     return code

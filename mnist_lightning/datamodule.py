@@ -84,7 +84,7 @@ class MNISTDataModule(pl.LightningDataModule):
         if not self._raw.parts:
             self._raw = files.get(self.dataset, self.root)
             if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
-                # `setup` would say so too, but after the loggers have made the run's directory.
+                # `setup` would refuse them too, but after the loggers have made the run's directory.
                 train_size = files.count(self._raw, "train") - self.val_size
                 self._in_minibatches(self.trainer, ceil(train_size / self.batch_size))
                 for split, size in {"val": self.val_size, "test": files.count(self._raw, "t10k")}.items():

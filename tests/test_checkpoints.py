@@ -91,7 +91,7 @@ def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
         (lambda c: {**c, "loops": {}}, "not of this program: KeyError: 'fit_loop'"),
         (lambda c: {**c, "global_step": "many"}, "not of this program: .*whole numbers"),
         (lambda c: {**c, "datamodule_hyper_parameters": {}}, "not of this program: .*dataset"),
-        (lambda c: {**c, "optimizer_states": [{}]}, "not of this program: .*state"),
+        (lambda c: {**c, "optimizer_states": [{}]}, "not of this program: .*param_groups"),
         (
             lambda c: {**c, "state_dict": {key: value * math.nan for key, value in c["state_dict"].items()}},
             "refused: expected weights that are finite numbers",
@@ -100,9 +100,17 @@ def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
             lambda c: {**c, "state_dict": {key: value.int() for key, value in c["state_dict"].items()}},
             "of another network",
         ),
+        (lambda c: {**c, "datamodule_hyper_parameters": {"dataset": "evil"}}, "not of this program: KeyError: 'evil'"),
         (
-            lambda c: {**c, "callbacks": {"ModelCheckpoint": {"best_k_models": {"runs/../../victim": 1.0}}}},
-            "refused: expected paths inside its run, found runs/../../victim",
+            lambda c: without(c, "pytorch-lightning_version"),
+            "not of this program: expected .*pytorch-lightning_version",
+        ),
+        (
+            lambda c: {
+                **c,
+                "optimizer_states": [{"param_groups": [{"params": [0]}], "state": {0: {"exp_avg": torch.zeros(1)}}}],
+            },
+            r"not of this program: .*exp_avg of shape \(7, 784\), found \(1,\)",
         ),
     ],
 )
@@ -112,6 +120,20 @@ def test_checkpoints_of_something_else_are_named(
     torch.save(change(checkpoint), tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match=f"other.ckpt is (of )?{message}"):
         read(tmp_path / "other.ckpt")
+
+
+def test_only_checkpoints_beside_the_saved_ones_are_ever_removed(tmp_path: Path) -> None:
+    plugin = CheckpointIO()
+    plugin.save_checkpoint({}, tmp_path / "run" / "one.ckpt")
+    for name in ("run/keep.txt", "victim/thesis.ckpt", "run/folder.ckpt/thesis.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for named in ("run/keep.txt", "run/../victim", "run/../victim/thesis.ckpt", "run/folder.ckpt"):
+        plugin.remove_checkpoint(str(tmp_path / named))
+        plugin.remove_checkpoint(f"local://{tmp_path / named}")
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
+    plugin.remove_checkpoint(str(tmp_path / "run/one.ckpt"))
+    assert not (tmp_path / "run/one.ckpt").exists()
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 0.5, 0.99])

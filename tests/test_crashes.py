@@ -215,11 +215,17 @@ def test_two_processes_do_not_resume_one_run(tmp_path: Path, root: Path, start: 
     first = start(tmp_path, [*small(root), "--trainer.max_epochs=10000"])
     while first.is_alive() and not list(tmp_path.glob("lightning_logs/*/checkpoints/best.ckpt")):
         time.sleep(0.05)
-    second = start(tmp_path, [*small(root), "--ckpt_path=last"])
+    run = tmp_path / "lightning_logs/version_0"
+    config = (run / "config.yaml").read_text()
+    files = sorted(path.name for path in run.iterdir())
+    second = start(tmp_path, [*small(root), "--ckpt_path=last", "--trainer.max_epochs=7"])
     second.join(60)
     assert second.exitcode == 2
     assert "another process is training in" in (tmp_path / "output.txt").read_text()
     assert first.is_alive()
+    assert (run / "config.yaml").read_text() == config
+    added = {path.name for path in run.iterdir()} - set(files)
+    assert all(len(EventAccumulator(str(run / name)).Reload().Tags()["scalars"]) == 0 for name in added)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start) -> None:
@@ -389,7 +395,7 @@ def test_curves_are_on_disk_before_the_checkpoint(
 def test_resuming_a_run_that_is_done_says_how_to_train_longer(
     run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for setting in ("max_epochs=2", "max_steps=15"):
+    for setting in ("max_epochs=2", "max_steps=11"):
         assert run_cli("fit", f"--trainer.{setting}", "--test_after_fit=false") == 0
         capsys.readouterr()
         assert run_cli("fit", "--ckpt_path=last", "--test_after_fit=true") == 0

@@ -227,8 +227,11 @@ def test_a_run_that_max_steps_ended_in_mid_epoch_is_not_resumed(
     run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_cli("fit", "--trainer.max_epochs=4", "--trainer.max_steps=17") == 0
-    assert run_cli("fit", "--trainer.max_steps=-1", "--ckpt_path=last") == 2
-    assert "max_steps" in capsys.readouterr().err
+    for longer in ("-1", "30"):
+        assert run_cli("fit", f"--trainer.max_steps={longer}", "--ckpt_path=last") == 2
+        assert "max_steps" in capsys.readouterr().err
+    assert run_cli("fit", "--ckpt_path=last") == 0
+    assert "it ended within an epoch and cannot be trained longer" in capsys.readouterr().out
 
 
 def test_the_last_checkpoint_is_the_last_state_also_when_another_was_best(run_cli: RunCLI, tmp_path: Path) -> None:
