@@ -68,23 +68,23 @@ def missing(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None
     request.send_error(404)
 
 
-def reset(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+def half(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
     request.send_response(200)
     request.send_header("Content-Length", str(len(content)))
     request.end_headers()
     request.wfile.write(content[: len(content) // 2])
     request.wfile.flush()
+
+
+def reset(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+    half(request, content)
     # Closing with a linger time of 0 sends a reset.
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     request.connection.close()
 
 
 def stall(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
-    request.send_response(200)
-    request.send_header("Content-Length", str(len(content)))
-    request.end_headers()
-    request.wfile.write(content[: len(content) // 2])
-    request.wfile.flush()
+    half(request, content)
     time.sleep(30)
 
 
