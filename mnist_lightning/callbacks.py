@@ -100,8 +100,7 @@ class Report(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            self._resumes_from = epochs, checkpoint["global_step"]
+            self._resumes_from = progress(checkpoint)
             return
         self._loaded = checkpoint["global_step"], checkpoint["datamodule_hyper_parameters"]["dataset"]
         if not self._fits:
@@ -330,6 +329,11 @@ def run_directory(trainer: pl.Trainer) -> Path | None:
     directory = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Epochs and iterations that the run of a checkpoint has behind it."""
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
 
 
 def _data(trainer: pl.Trainer) -> MNISTDataModule:

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from mnist_lightning.callbacks import run_directory
+from mnist_lightning.callbacks import progress, run_directory
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
@@ -91,22 +91,19 @@ def read(path: Path) -> dict[str, Any]:
             {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in state.items()}
             for state in (network.state_dict(), checkpoint["state_dict"])
         )
-        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
-        if not all(isinstance(count, int) for count in progress):
+        if not all(isinstance(count, int) for count in progress(checkpoint)):
             raise TypeError("epochs and iterations must be whole numbers")
         NAMES[checkpoint["datamodule_hyper_parameters"]["dataset"]]
         finite = all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+        if shapes == expected:
+            for optimizer in checkpoint.get("optimizer_states", []):
+                _check_optimizer(optimizer, list(network.parameters()))
     except Exception as error:  # whatever plain values may lead to that are in the wrong place
         raise CheckpointError(f"{path} is not of this program: {type(error).__name__}: {error}") from error
     if shapes != expected:
         raise CheckpointError(
             f"{path} is of another network: expected weights {_shapes(expected)}, found {_shapes(shapes)}"
         )
-    try:
-        for optimizer in checkpoint.get("optimizer_states", []):
-            _check_optimizer(optimizer, list(network.parameters()))
-    except Exception as error:
-        raise CheckpointError(f"{path} is not of this program: {type(error).__name__}: {error}") from error
     if not finite:
         raise CheckpointError(f"{path} is refused: expected weights that are finite numbers, found some that are not")
     return checkpoint
@@ -233,8 +230,8 @@ class BestAndLast(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         data: MNISTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        iteration, epoch = checkpoint["global_step"], data.iterations_per_epoch
-        ended_early = iteration < epoch * checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        epochs, iteration = progress(checkpoint)
+        ended_early = iteration < epochs * data.iterations_per_epoch
         if ended_early and not 0 <= trainer.max_steps <= iteration:
             # Lightning takes that epoch for finished and would leave out the rest of it.
             raise MisconfigurationException(
