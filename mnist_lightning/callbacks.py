@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
@@ -31,6 +32,7 @@ from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
 from mnist_lightning.loader import Minibatch
 from mnist_lightning.model import CLASSES
+from mnist_lightning.processes import whole
 
 
 class IterationProgressBar(RichProgressBar):
@@ -217,9 +219,9 @@ class Figures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._images.append(batch[0])
-        self._labels.append(batch[1])
-        self._logits.append(outputs)
+        self._images.append(whole(trainer, batch[0]))
+        self._labels.append(whole(trainer, batch[1]))
+        self._logits.append(whole(trainer, outputs))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         images, labels, logits = (torch.cat(t).cpu().float() for t in (self._images, self._labels, self._logits))
@@ -276,7 +278,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._probabilities.append(outputs)
+        self._probabilities.append(whole(trainer, outputs))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = run_directory(trainer)
@@ -310,8 +312,9 @@ class RunLogger(TensorBoardLogger):
         return writer
 
 
+@rank_zero_only
 def say(line: str) -> None:
-    """Print a line. Where nobody reads any more, as after `| head`, training goes on without."""
+    """Print a line, in the first process. Where nobody reads any more, as after `| head`, training goes on without."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
@@ -319,8 +322,11 @@ def say(line: str) -> None:
 
 
 def run_directory(trainer: pl.Trainer) -> Path | None:
-    """The directory of the run, that of `checkpoints/`; None where nothing is logged, as in `fast_dev_run`."""
-    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    """The directory of the run, that of `checkpoints/`.
+
+    None where nothing is logged, as in `fast_dev_run`, and in all processes but the first, which write no files.
+    """
+    if not trainer.loggers or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return None
     logger = trainer.loggers[0]
     if logger.log_dir is not None:
@@ -347,7 +353,8 @@ def _iteration(pl_module: pl.LightningModule) -> int:
 
 
 def _tensorboards(trainer: pl.Trainer) -> Iterator[Any]:
-    return (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return (logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger))
 
 
 def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from mnist_lightning.callbacks import progress, run_directory
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
+from mnist_lightning.processes import rank, whole
 
 
 class CheckpointError(RuntimeError):
@@ -179,10 +180,16 @@ class CheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Load a checkpoint by `read`, tensors and plain values only, to the CPU.
 
+        Of several processes, all load what the first one was asked for: a newer run may have come between them while
+        each looked for the last one.
+
         Raises:
             CheckpointError: As in `read`.
         """
-        return read(Path(path))
+        paths = [path]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(paths)
+        return read(Path(paths[0]))
 
 
 class BestAndLast(Checkpoint):
@@ -192,8 +199,8 @@ class BestAndLast(Checkpoint):
     and when SIGTERM or Ctrl-C (SIGINT) comes: those end training once the running call of `training_step` is done and
     saved. A second signal stops at once.
 
-    A checkpoint also carries the state of PyTorch's random numbers on the CPU, so that a resumed run draws the same
-    ones. As a `Checkpoint`, this callback is called after all others, and saves what they have done.
+    A checkpoint also carries the state of PyTorch's random numbers on the CPU, one of each process, so that a resumed
+    run draws the same ones. As a `Checkpoint`, this callback is called after all others, and saves what they have done.
 
     Args:
         every_n_iterations: Save `last.ckpt` in mid-epoch too, at the end of the call of `training_step` in which a
@@ -211,24 +218,30 @@ class BestAndLast(Checkpoint):
         self._best = -1.0  # before the first validation
         self._improved = False
         self._saved = 0
-        self._rng_state: Tensor | None = None
+        self._rng_states: Tensor | None = None
         self._max_steps: int | None = None
         self._signum: int | None = None
         self._handlers: dict[int, Any] = {}
         self._lock: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "rng_state": torch.get_rng_state()}
+        return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best = state_dict["best"]
-        self._rng_state = state_dict["rng_state"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = torch.get_rng_state().to(trainer.strategy.root_device)
+        checkpoint["rng_states"] = whole(trainer, state[None]).cpu()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._rng_states = checkpoint.get("rng_states")
         data: MNISTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         epochs, iteration = progress(checkpoint)
         ended_early = iteration < epochs * data.iterations_per_epoch
@@ -249,21 +262,21 @@ class BestAndLast(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_max_steps(trainer)
-        if self._rng_state is not None and trainer.ckpt_path:
-            torch.set_rng_state(self._rng_state)
-        self._rng_state = None
+        self._set_random_state(trainer)
         self._saved = trainer.global_step
-        if not self.path(trainer, "best").exists():  # the checkpoint is from another directory
+        best, last = self.path(trainer, "best"), self.path(trainer, "last")
+        # The first process looks, for all: they save together.
+        best_exists, last_exists = trainer.strategy.broadcast((best.exists(), last.exists()))
+        if not best_exists:  # the checkpoint is from another directory
             self._best = -1.0
         self._improved = False
         self._signum = None
         # From here on `--ckpt_path last` means this run.
-        last = self.path(trainer, "last")
-        if not last.exists():
-            if trainer.ckpt_path:
-                write_whole(last, Path(trainer.ckpt_path).read_bytes())
-            else:
+        if not last_exists:
+            if not trainer.ckpt_path:
                 self._save(trainer, "last")
+            elif trainer.is_global_zero:
+                write_whole(last, Path(trainer.ckpt_path).read_bytes())
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -302,18 +315,18 @@ class BestAndLast(Checkpoint):
         self._end(trainer)
 
     def best(self, trainer: pl.Trainer) -> Path | None:
-        """The best checkpoint of the run, if it has one yet."""
+        """The best checkpoint of the run, if it has one yet; each process has to ask."""
         path = self.path(trainer, "best")
-        return path if self._best >= 0 and path.exists() else None
+        return trainer.strategy.broadcast(path if self._best >= 0 and path.exists() else None)
 
     @staticmethod
     def path(trainer: pl.Trainer, name: str) -> Path:
-        """Where `best` or `last` is saved."""
+        """Where `best` or `last` is saved, by the first process."""
         return (run_directory(trainer) or Path(trainer.default_root_dir)) / "checkpoints" / f"{name}.ckpt"
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
         n = self.every_n_iterations
-        if self._signum is not None or (n and trainer.global_step // n > self._saved // n):
+        if self._signal_to_any(trainer) or (n and trainer.global_step // n > self._saved // n):
             self._save_last(trainer)
 
     def _save_best(self, trainer: pl.Trainer) -> None:
@@ -334,12 +347,19 @@ class BestAndLast(Checkpoint):
         trainer.save_checkpoint(self.path(trainer, name))
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        if self._signum is not None:
-            raise Stopped(self._signum, self._saved, self.path(trainer, "last"), run_directory(trainer))
+        if signum := self._signal_to_any(trainer):
+            raise Stopped(signum, self._saved, self.path(trainer, "last"), run_directory(trainer))
+
+    def _signal_to_any(self, trainer: pl.Trainer) -> int:
+        """The signal that one of the processes was sent, or 0: they save and stop together."""
+        signum = torch.tensor(self._signum or 0, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(signum, reduce_op="max"))
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._signum = signum
         self._restore_handlers()
+        if rank():
+            return
         # Not `print`, which a handler must not call while another one is running.
         with contextlib.suppress(OSError):
             os.write(2, b"Finishing the running iterations; a second signal stops at once.\n")
@@ -364,6 +384,16 @@ class BestAndLast(Checkpoint):
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _set_random_state(self, trainer: pl.Trainer) -> None:
+        states = self._rng_states if trainer.ckpt_path else None
+        if states is not None and trainer.global_rank < len(states):
+            # A copy, since PyTorch crashes on a tensor that does not begin where its storage does.
+            torch.set_rng_state(states[trainer.global_rank].clone())
+        elif trainer.global_rank:
+            # Lightning seeds all processes alike: their dropout would leave out the same units.
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+        self._rng_states = None
 
     def _restore_max_steps(self, trainer: pl.Trainer) -> None:
         if self._max_steps is not None:

@@ -1,6 +1,7 @@
 """How the network learns: loss, optimizer, and the training, validation, test and predict steps."""
 
 import math
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,7 +50,6 @@ class MNISTClassifier(pl.LightningModule):
         self._loaded_iteration = 0
         self.learning_rate = learning_rate
         self.mlp = MLP(hidden_dim, init_std)
-        self.example_input_array = torch.zeros(1, PIXELS)
         # A Lightning batch is several minibatches here: `training_step` runs an optimizer step for each.
         self.automatic_optimization = False
 
@@ -62,9 +62,10 @@ class MNISTClassifier(pl.LightningModule):
         """Adam, all parameters in one kernel."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
 
-    def on_fit_start(self) -> None:
-        """Draw the graph in the weights' own precision."""
-        self.example_input_array = torch.zeros(1, PIXELS).to(self.dtype)
+    def setup(self, stage: str) -> None:
+        """Take on the Trainer's precision: Lightning would first load a checkpoint's weights into float32 ones."""
+        self.trainer.precision_plugin.convert_module(self)
+        self.example_input_array = torch.zeros(1, PIXELS).to(self.dtype)  # for TensorBoard's graph
 
     def on_train_start(self) -> None:
         """Decide anew for each fit whether its steps can be fused.
@@ -105,18 +106,18 @@ class MNISTClassifier(pl.LightningModule):
         last = first + len(batch) if trainer.max_steps < 0 else min(first + len(batch), trainer.max_steps)
         losses, measured = [], {}
         # Not strict: `max_steps` may end training before the last minibatch.
-        for iteration, (images, labels) in zip(range(first + 1, last + 1), batch, strict=False):
-            loss, logits = self._fused_or_step(images, labels)
+        for iteration, (images, labels), size in zip(range(first + 1, last + 1), batch, batch.sizes, strict=False):
+            loss, logits = self._fused_or_step(images, labels, size)
             losses.append(loss)
             if log_every and iteration % log_every == 0:
-                measured[iteration] = torch.stack([loss, _accuracy(logits, labels)])
+                measured[iteration] = torch.stack([loss, _correct(logits, labels).sum() / size])
             if len(losses) == CHECK_LOSSES_EVERY or iteration == last:
-                _check_finite(losses, iteration)
+                _check_finite(self._over_processes(torch.stack(losses)), iteration)
                 losses = []
         # For what subclasses and callbacks log: Lightning counts their x-axis in batches and will add 1 for this one.
         trainer.fit_loop.epoch_loop._batches_that_stepped += last - first - 1
 
-        points = [(iteration, *values.tolist()) for iteration, values in measured.items()]
+        points = [(iteration, *self._over_processes(values).tolist()) for iteration, values in measured.items()]
         for iteration, loss, acc in points:
             curves = {"train/loss": loss, "train/acc": acc}
             self._log_curves(curves, iteration)
@@ -124,17 +125,24 @@ class MNISTClassifier(pl.LightningModule):
             self.log_dict(curves, logger=False, prog_bar=True)
         return {"points": points}
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """The mean over the processes; with one process, the values themselves."""
+        mean: Tensor = self.trainer.strategy.reduce(values)
+        return mean
+
+    def _step(self, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
         # What Lightning's automatic optimization does for each batch. Should you change it, delete fused.py.
         optimizer = self._optimizer()
         logits: Tensor = self(images)
-        loss = F.cross_entropy(logits, labels)
+        # The mean, and of several processes each one's share in it: Lightning takes the mean of their gradients, though
+        # their parts of an epoch's last minibatch may differ in size.
+        loss = F.cross_entropy(logits, labels, reduction="sum") / size
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
         return loss.detach(), logits.detach()
 
-    def _fused_or_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _fused_or_step(self, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
         optimizer = self._optimizer()
         if self._fused and self._fused.batch_size == len(labels):
             optimizer._on_before_step()  # Lightning's count of steps
@@ -143,9 +151,10 @@ class MNISTClassifier(pl.LightningModule):
             return done
         if self._try_fused and optimizer.state:  # Adam's is empty before its first step
             self._try_fused = False
-            self._fused, done = try_fused_step(self.mlp, optimizer.optimizer, images, labels, self._step)
+            step = partial(self._step, size=size)
+            self._fused, done = try_fused_step(self.mlp, optimizer.optimizer, images, labels, step)
             return done
-        return self._step(images, labels)
+        return self._step(images, labels, size)
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()
@@ -177,8 +186,15 @@ class MNISTClassifier(pl.LightningModule):
     def _evaluate(self, batch: Minibatch, split: str) -> Tensor:
         images, labels = batch
         logits: Tensor = self(images)
-        metrics = {f"{split}/loss": F.cross_entropy(logits, labels), f"{split}/acc": _accuracy(logits, labels)}
-        self.log_dict(metrics, batch_size=len(labels), on_step=False, on_epoch=True, logger=False)
+        # Of several processes, one may have no part in a small minibatch; a mean over it would not be a number.
+        count = max(1, len(labels))
+        metrics = {
+            f"{split}/loss": F.cross_entropy(logits, labels, reduction="sum") / count,
+            f"{split}/acc": _correct(logits, labels).sum() / count,
+        }
+        # Lightning cuts the mean of the processes' counts down to a whole number; that of these is one.
+        weight = len(labels) * self.trainer.world_size
+        self.log_dict(metrics, batch_size=weight, on_step=False, on_epoch=True, logger=False, sync_dist=True)
         return logits
 
     def _log_split(self, split: str) -> None:
@@ -191,9 +207,9 @@ class MNISTClassifier(pl.LightningModule):
             logger.log_metrics(curves, step=iteration)
 
 
-def _check_finite(losses: list[Tensor], iteration: int) -> None:
+def _check_finite(losses: Tensor, iteration: int) -> None:
     """Raise where one of the losses of the iterations up to this one is not finite."""
-    bad = torch.stack(losses).isfinite().logical_not().nonzero()
+    bad = losses.isfinite().logical_not().nonzero()
     if len(bad):
         first = int(bad[0])
         raise FloatingPointError(
@@ -202,5 +218,5 @@ def _check_finite(losses: list[Tensor], iteration: int) -> None:
         )
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(dim=1) == labels).float().mean()
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(dim=1) == labels

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from lightning.pytorch.core import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
 
-from mnist_lightning import plots
+from mnist_lightning import plots, processes
 from mnist_lightning.callbacks import (
     Figures,
     IterationProgressBar,
@@ -245,7 +246,7 @@ class CLI(LightningCLI):
         )
         if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
             raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
-        callbacks = [*callbacks, Report(), PredictionWriter()]
+        callbacks = [*callbacks, processes.Patience(), Report(), PredictionWriter()]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
                 callbacks.append(IterationProgressBar())
@@ -260,8 +261,9 @@ class CLI(LightningCLI):
         if config.logger is False:
             self.save_config_callback = None
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=[*plugins, CheckpointIO()])
-        if trainer.world_size > 1:
-            raise UsageError("trainer.devices and num_nodes: training in several processes does not work yet; use 1")
+        processes.check(trainer)
+        if self.subcommand == "fit":
+            self.datamodule.check_share(trainer.world_size)  # before processes are started
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
@@ -353,6 +355,7 @@ def main() -> int:
         0 when done, 1 when the job failed, 2 when the command or config was wrong, 128 + the number of a signal.
     """
     _silence_what_no_user_can_act_on()
+    processes.end_with_launcher()
     if os.environ.get("MNIST_LIGHTNING_DEBUG") != "1":
         # TensorBoard's: on a full disk its writer fails in a thread, and then again where it is called.
         threading.excepthook = lambda arguments: None
@@ -368,7 +371,8 @@ def main() -> int:
         config = ["--config", str(run / "config.yaml")] if run and (run / "config.yaml").exists() else []
         resume = ["python", "-m", "mnist_lightning", "fit", *config, "--ckpt_path", str(stopped.checkpoint)]
         say(f"Stopped and saved at iteration {stopped.iteration:,}; to go on:\n{shlex.join(resume)}")
-        return 128 + stopped.signum
+        # The first process answers for all; Lightning would kill it, should it see that another one has failed.
+        return 128 + stopped.signum if processes.rank() == 0 else 0
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
     except SystemExit as exit_:
@@ -380,6 +384,8 @@ def main() -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None:  # of a file written to, not opened
             error = OSError(f"a file of the run cannot be written: {error.strerror or error}")
+        elif processes.is_lost(error):
+            error = RuntimeError("another process of the run has ended or does not answer; to go on: --ckpt_path last")
         return _fail(error, 1)
 
 
@@ -387,6 +393,8 @@ def _silence_what_no_user_can_act_on() -> None:
     # Lightning announces itself and its products on INFO; its warnings stay.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # The one that says why it kills a run: one of its processes has died.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         r".*`torch.jit.trace",  # TensorBoard's graph, inside PyTorch
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
@@ -405,6 +413,10 @@ def _fail(error: Exception | str, code: int) -> int:
     message = " ".join(str(error).split()) or type(error).__name__
     # A damaged file's content must not reach the terminal's control codes, nor a closed console hide the exit code.
     message = "".join(character if character.isprintable() else "?" for character in message)
+    if rank := processes.rank():
+        # Where all fail, the first one speaks for all, and whoever started them ends this one before it does.
+        time.sleep(3)
+        message = f"process {rank}: {message}"
     with contextlib.suppress(OSError):
         print(f"mnist_lightning: {message}", file=sys.stderr, flush=True)
     return code

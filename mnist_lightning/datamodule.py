@@ -22,6 +22,8 @@ class MNISTDataModule(pl.LightningDataModule):
     Validation is the first `val_size` images of the training file, in file order; the others are for training, and the
     test file is the test split. Images are (B, 784) float32 in [0, 1], labels (B,) int64.
 
+    Of several processes, each takes its part of every minibatch of each split: together they see what one would.
+
     A Lightning batch of training data is `Minibatches`, `steps_per_execution` of them. The Trainer's settings keep
     counting single ones; for that, hand the Trainer the data module, not just its loaders. Validation, test and predict
     batches are single minibatches.
@@ -30,7 +32,7 @@ class MNISTDataModule(pl.LightningDataModule):
         dataset: `mnist` downloads MNIST where it is not on disk. `synthetic` makes stand-in digits once. `auto` is
             `mnist`, or `synthetic` with a warning where MNIST is neither on disk nor to be downloaded.
         root: Directory for the files, laid out as `torchvision.datasets.MNIST` does.
-        batch_size: Images in a minibatch, at least 1.
+        batch_size: Images in a minibatch, of all processes together, at least 1.
         steps_per_execution: Optimizer steps that one call of `training_step` runs, at least 1; the word is Keras'. The
             weights are the same whatever it is. Where validation or a checkpoint is due in mid-epoch, a call runs
             fewer, so that it falls between two calls. Callbacks see each call as one batch: give 1 to those that have
@@ -78,6 +80,8 @@ class MNISTDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Get and verify the files, once, though Lightning asks again for each of `fit` and `test`.
 
+        Of several processes, Lightning asks the first one on each machine, and lets the others wait.
+
         Raises:
             MisconfigurationException: The Trainer's settings do not fit the data.
         """
@@ -85,6 +89,7 @@ class MNISTDataModule(pl.LightningDataModule):
             self._raw = files.get(self.dataset, self.root)
             if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
                 # `setup` would refuse them too, but after the loggers have made the run's directory.
+                self.check_share(self.trainer.world_size)
                 train_size = files.count(self._raw, "train") - self.val_size
                 self._in_minibatches(self.trainer, ceil(train_size / self.batch_size))
                 for split, size in {"val": self.val_size, "test": files.count(self._raw, "t10k")}.items():
@@ -96,7 +101,11 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and split what `stage` needs: `fit`, `validate`, `test` or `predict`."""
-        self.prepare_data()  # for whoever uses the data module without a Trainer
+        if self.trainer:
+            # What the first process found: another one might come to another end where it may try the download itself.
+            self._raw = self.trainer.strategy.broadcast(self._raw)
+        else:
+            self.prepare_data()
         # Which dataset `auto` meant belongs to the run's hyperparameters; where its files lie does not.
         self.save_hyperparameters(
             {
@@ -116,6 +125,20 @@ class MNISTDataModule(pl.LightningDataModule):
             self.test = files.read(self._raw, "t10k")
         if stage == "fit" and self.trainer:
             self._count_minibatches(self.trainer)
+
+    def check_share(self, world_size: int) -> None:
+        """Refuse to train in so many processes where they cannot share a minibatch equally.
+
+        Raises:
+            MisconfigurationException: `batch_size` does not divide; the message names the nearest that do.
+        """
+        below = self.batch_size // world_size * world_size
+        if below != self.batch_size:
+            nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
+            raise MisconfigurationException(
+                f"data.batch_size is the minibatch of all {world_size} processes together, and {self.batch_size} does "
+                f"not divide by {world_size}; give {nearest}"
+            )
 
     def teardown(self, stage: str) -> None:
         """Give the Trainer its own settings back."""
@@ -149,9 +172,8 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DeviceLoader:
         """Freshly shuffled lists of minibatches; with `Trainer(overfit_batches)`, the first ones of the split."""
-        return DeviceLoader(
-            *self._on_device(self.train),
-            self.batch_size,
+        return self._loader(
+            self.train,
             shuffle_seed=None if self.trainer and self.trainer.overfit_batches else self.seed,  # type: ignore[attr-defined]
             steps_per_execution=self._steps_per_execution,
             limit=self.iterations_per_epoch,
@@ -159,21 +181,24 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DeviceLoader:
         """Minibatches of the validation split, in file order."""
-        return DeviceLoader(*self._on_device(self.val), self.batch_size)
+        return self._loader(self.val)
 
     def test_dataloader(self) -> DeviceLoader:
         """Minibatches of the test split, in file order."""
-        return DeviceLoader(*self._on_device(self.test), self.batch_size)
+        return self._loader(self.test)
 
     def predict_dataloader(self) -> DeviceLoader:
         """Minibatches of the test split, in file order."""
-        return DeviceLoader(*self._on_device(self.test), self.batch_size)
+        return self._loader(self.test)
 
-    def _on_device(self, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        device = self.trainer.strategy.root_device if self.trainer else "cpu"
-        images = split[0].to(device)
-        # Lightning would convert each batch to the type of `Trainer(precision)`; here it is done once.
-        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images, split[1].to(device)
+    def _loader(self, split: tuple[Tensor, Tensor], **kwargs: Any) -> DeviceLoader:
+        images, labels = split
+        if self.trainer:
+            device = self.trainer.strategy.root_device
+            # Lightning would convert each batch to the type of `Trainer(precision)`; here it is done once.
+            images, labels = self.trainer.precision_plugin.convert_input(images.to(device)), labels.to(device)
+            kwargs |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return DeviceLoader(images, labels, self.batch_size, **kwargs)
 
     def _count_minibatches(self, trainer: pl.Trainer) -> None:
         """Make the Trainer's settings, which count Lightning batches, mean minibatches until `teardown`."""

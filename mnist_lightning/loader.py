@@ -22,12 +22,22 @@ class Minibatches:
         targets: (N,) tensor on the same device.
         order: (M,) indices of the examples.
         batch_size: Examples in a minibatch; the last one may be smaller.
+        rank: Of several processes, this one: the parts of a minibatch that they take are in the order of their ranks.
+        world_size: Number of processes that share each minibatch, equally or to within one example.
+
+    Attributes:
+        sizes: For each minibatch its examples, over the number of processes. A sum over a process's part, divided by
+            it, has the sum's mean over the whole minibatch as its mean over the processes.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, order: Tensor, batch_size: int) -> None:
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, order: Tensor, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.inputs = inputs
         self.targets = targets
-        self.indices = order.split(batch_size)
+        whole = order.split(batch_size)
+        self.sizes = [len(index) / world_size for index in whole]
+        self.indices = [index.tensor_split(world_size)[rank] for index in whole]
 
     def __len__(self) -> int:
         """Number of minibatches."""
@@ -53,6 +63,9 @@ class DeviceLoader:
         steps_per_execution: Hand out so many `Minibatches` at once instead of single ones, for a `training_step` that
             runs an optimizer step for each. The minibatches and their order stay the same.
         limit: End each epoch after so many minibatches.
+        rank: Of several processes, this one.
+        world_size: Number of processes. Each hands out its part of every minibatch, which may be empty where a
+            minibatch has fewer examples than there are processes.
     """
 
     def __init__(
@@ -64,12 +77,16 @@ class DeviceLoader:
         shuffle_seed: int | None = None,
         steps_per_execution: int | None = None,
         limit: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.inputs = inputs
         self.targets = targets
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
         self.steps_per_execution = steps_per_execution
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
         minibatches = ceil(len(targets) / batch_size)
         self.minibatches = minibatches if limit is None else min(limit, minibatches)
@@ -111,7 +128,7 @@ class DeviceLoader:
         self._done, self._resume_at = self._resume_at, 0
         order = order[self._done * self.batch_size :].to(self.targets.device)
         for indices in order.split(self.batch_size * (self.steps_per_execution or 1)):
-            minibatches = Minibatches(self.inputs, self.targets, indices, self.batch_size)
+            minibatches = Minibatches(self.inputs, self.targets, indices, self.batch_size, self.rank, self.world_size)
             self._done += len(minibatches)
             yield minibatches if self.steps_per_execution else next(iter(minibatches))
 

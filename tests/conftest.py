@@ -1,24 +1,31 @@
 """Fixtures: small data sets in MNIST's file format, and the command line run in this process."""
 
+import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning import files, synthetic
+from mnist_lightning import classifier, files, processes, synthetic
 from mnist_lightning.cli import main
 from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.model import MLP
 
 SMALL = {"train": 1250, "t10k": 230}
 VAL_SIZE = 200  # leaves 1,050 training digits: 11 minibatches of 100, the last one of 50
 
 RunCLI = Callable[..., int]
+Start = Callable[..., BaseProcess]
 
 # Processes that have the libraries imported already: a run starts in a second, not in seven.
 fork = multiprocessing.get_context("forkserver")
@@ -102,3 +109,85 @@ def run_cli(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunC
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+class DropoutMLP(MLP):
+    """A network that draws random numbers in each training step."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(images, 0.2, self.training))
+
+
+def newest_run(directory: Path) -> Path:
+    return max((directory / "lightning_logs").iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def everything(run: Path) -> dict[str, Any]:
+    """What must not depend on how often the run died: weights, optimizer, curves, results."""
+    left: dict[str, Any] = {}
+    for name in ("best", "last"):
+        checkpoint = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        left[f"{name}: weights"] = {key: value.tolist() for key, value in checkpoint["state_dict"].items()}
+        left[f"{name}: optimizer"] = [
+            {key: value.tolist() for key, value in state.items()}
+            for state in checkpoint["optimizer_states"][0]["state"].values()
+        ]
+        history = checkpoint["callbacks"]["Report"]
+        left[f"{name}: progress"] = checkpoint["global_step"], checkpoint["epoch"], history["train"], history["val"]
+    events = EventAccumulator(str(run), {"scalars": 0}).Reload()
+    for tag in events.Tags()["scalars"]:
+        curve = [(event.step, event.value) for event in events.Scalars(tag)]
+        # A run that dies after its test tests again.
+        left[tag] = sorted(set(curve)) if tag.startswith("test/") else curve
+    results = json.loads((run / "results.json").read_text())
+    left["results"] = {key: value for key, value in results.items() if key != "train_seconds"}
+    return left
+
+
+def assert_the_same(run: Path, other: Path) -> None:
+    expected, found = everything(run), everything(other)
+    assert [key for key in expected if expected[key] != found.get(key)] == []
+    assert expected.keys() == found.keys()
+
+
+def run_in_process(
+    directory: Path, arguments: list[str], dropout: bool, output_name: str, environment: dict[str, str]
+) -> None:
+    os.chdir(directory)
+    os.environ.pop(processes.LAUNCHER, None)  # a run in the tests' own process may have left it
+    os.environ.update(environment)
+    output = os.open(output_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if dropout:
+        vars(classifier)["MLP"] = DropoutMLP
+    sys.argv = ["mnist_lightning", *arguments]
+    sys.exit(main())
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start the command line in a process of its own, its output in `output.txt`."""
+    started = []
+
+    def start(
+        directory: Path,
+        arguments: list[str],
+        dropout: bool = False,
+        output: str = "output.txt",
+        environment: dict[str, str] | None = None,
+    ) -> BaseProcess:
+        directory.mkdir(exist_ok=True)
+        (directory / output).touch()
+        process = fork.Process(target=run_in_process, args=(directory, arguments, dropout, output, environment or {}))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def small(root: Path) -> list[str]:
+    return ["fit", "--data.dataset=synthetic", f"--data.root={root}", "--data.val_size=200"]

@@ -7,30 +7,25 @@ import resource
 import shlex
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import RunCLI, fork
+from conftest import DropoutMLP, RunCLI, Start, assert_the_same, everything, newest_run, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_lightning import classifier
 from mnist_lightning.callbacks import RunLogger
 from mnist_lightning.checkpoints import CheckpointIO
 from mnist_lightning.classifier import MNISTClassifier
-from mnist_lightning.cli import main
-from mnist_lightning.model import MLP
 
-Start = Callable[..., BaseProcess]
-Step = Callable[[MNISTClassifier, Tensor, Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[MNISTClassifier, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 ordinary_step: Step = MNISTClassifier._fused_or_step
 
 
@@ -38,13 +33,6 @@ ordinary_step: Step = MNISTClassifier._fused_or_step
 def _event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Number the event files of one second so that their names sort, as those of processes that take longer do."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
-
-
-class DropoutMLP(MLP):
-    """A network that draws random numbers in each training step."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(nn.functional.dropout(images, 0.2, self.training))
 
 
 RUNS = {
@@ -62,6 +50,7 @@ RUNS = {
         "--trainer.check_val_every_n_epoch=2",
     ],
     "dropout": ["--data.steps_per_execution=4", "--checkpoint_every=1", "--trainer.log_every_n_steps=1"],
+    "double_precision": ["--data.steps_per_execution=4", "--checkpoint_every=1", "--trainer.precision=64-true"],
     "max_steps": ["--data.steps_per_execution=5", "--checkpoint_every=5", "--trainer.max_steps=EPOCHS0"],
 }
 
@@ -71,72 +60,7 @@ def settings_of(name: str, epochs: int) -> list[str]:
     return [f"--trainer.max_epochs={epochs}", "--model.hidden_dim=50", *settings]
 
 
-def newest_run(directory: Path) -> Path:
-    return max((directory / "lightning_logs").iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
-
-
-def everything(run: Path) -> dict[str, Any]:
-    """What must not depend on how often the run died: weights, optimizer, curves, results."""
-    left: dict[str, Any] = {}
-    for name in ("best", "last"):
-        checkpoint = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
-        left[f"{name}: weights"] = {key: value.tolist() for key, value in checkpoint["state_dict"].items()}
-        left[f"{name}: optimizer"] = [
-            {key: value.tolist() for key, value in state.items()}
-            for state in checkpoint["optimizer_states"][0]["state"].values()
-        ]
-        history = checkpoint["callbacks"]["Report"]
-        left[f"{name}: progress"] = checkpoint["global_step"], checkpoint["epoch"], history["train"], history["val"]
-    events = EventAccumulator(str(run), {"scalars": 0}).Reload()
-    for tag in events.Tags()["scalars"]:
-        curve = [(event.step, event.value) for event in events.Scalars(tag)]
-        # A run that dies after its test tests again.
-        left[tag] = sorted(set(curve)) if tag.startswith("test/") else curve
-    results = json.loads((run / "results.json").read_text())
-    left["results"] = {key: value for key, value in results.items() if key != "train_seconds"}
-    return left
-
-
-def assert_the_same(run: Path, other: Path) -> None:
-    expected, found = everything(run), everything(other)
-    assert [key for key in expected if expected[key] != found.get(key)] == []
-    assert expected.keys() == found.keys()
-
-
 # Runs in processes of their own, killed at random moments.
-
-
-def run_in_process(directory: Path, arguments: list[str], dropout: bool) -> None:
-    os.chdir(directory)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if dropout:
-        vars(classifier)["MLP"] = DropoutMLP
-    sys.argv = ["mnist_lightning", *arguments]
-    sys.exit(main())
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Start the command line in a process of its own, its output in `output.txt`."""
-    processes = []
-
-    def start(directory: Path, arguments: list[str], dropout: bool = False) -> BaseProcess:
-        directory.mkdir(exist_ok=True)
-        (directory / "output.txt").touch()
-        process = fork.Process(target=run_in_process, args=(directory, arguments, dropout))
-        process.start()
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-
-
-def small(root: Path) -> list[str]:
-    return ["fit", "--data.dataset=synthetic", f"--data.root={root}", "--data.val_size=200"]
 
 
 @pytest.mark.parametrize(
@@ -253,10 +177,10 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start)
 
 
 def at_iteration(iteration: int, act: Callable[[], None]) -> Step:
-    def step(self: MNISTClassifier, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self: MNISTClassifier, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
         if self.global_step + 1 == iteration:
             act()
-        return ordinary_step(self, images, labels)
+        return ordinary_step(self, images, labels, size)
 
     return step
 
@@ -407,8 +331,8 @@ def test_resuming_a_run_that_is_done_says_how_to_train_longer(
 
 
 def not_finite_from(iteration: int, value: float) -> Step:
-    def step(self: MNISTClassifier, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, logits = ordinary_step(self, images, labels)
+    def step(self: MNISTClassifier, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
+        loss, logits = ordinary_step(self, images, labels, size)
         return (loss * value if self.global_step >= iteration else loss), logits
 
     return step
@@ -438,9 +362,9 @@ def test_a_loss_that_is_not_finite_is_noticed_within_a_hundred_iterations(
     steps = []
     bad = not_finite_from(150, float("nan"))
 
-    def step(self: MNISTClassifier, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self: MNISTClassifier, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
         steps.append(self.global_step)
-        return bad(self, images, labels)
+        return bad(self, images, labels, size)
 
     monkeypatch.setattr(MNISTClassifier, "_fused_or_step", step)
     assert run_cli("fit", "--data.batch_size=1", "--data.steps_per_execution=2000", "--model.hidden_dim=5") == 1

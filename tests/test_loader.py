@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from mnist_lightning.loader import DeviceLoader, Minibatches
 N = 1050
 
 
-def loader(**kwargs: int | None) -> DeviceLoader:
+def loader(**kwargs: Any) -> DeviceLoader:
     return DeviceLoader(torch.arange(N)[:, None], torch.arange(N), 100, **kwargs)
 
 
@@ -58,3 +60,21 @@ def test_limit_ends_an_epoch_after_so_many_minibatches(steps: int | None) -> Non
     for a, b in zip(epoch(limited), epoch(loader(shuffle_seed=1))[:5], strict=True):
         assert torch.equal(a, b)
     assert len(limited) == {None: 5, 2: 3, 50: 1}[steps]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("steps", [None, 4])
+def test_processes_share_each_minibatch(world_size: int, steps: int | None) -> None:
+    whole = epoch(loader(shuffle_seed=1), 3)
+    parts = [
+        epoch(loader(shuffle_seed=1, steps_per_execution=steps, rank=rank, world_size=world_size), 3)
+        for rank in range(world_size)
+    ]
+    for targets, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(shares), targets)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_sizes_make_the_mean_over_processes_that_over_the_minibatch() -> None:
+    minibatches = Minibatches(torch.arange(N), torch.arange(N), torch.arange(N), 100, rank=1, world_size=3)
+    assert minibatches.sizes == [100 / 3] * 10 + [50 / 3]

@@ -1,0 +1,309 @@
+"""Runs on 2 and 3 real processes, which talk over the loopback address, beside the same run on one."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Start, assert_the_same, newest_run, small
+from torch import Tensor
+
+StartAll = Callable[..., list[BaseProcess]]
+
+# A number of training digits, minibatches and parts of them that do not divide: with 99 digits in a minibatch, the last
+# of 11 has 59.
+UNEVEN = ["--data.val_size=201", "--data.batch_size=198", "--trainer.log_every_n_steps=1", "--model.hidden_dim=50"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def torchrun(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun tells the processes that it starts."""
+    return {
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def slurm(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What SLURM tells the processes of `srun`."""
+    return {
+        "SLURM_JOB_NAME": "digits",
+        "SLURM_JOB_ID": "1",
+        "SLURM_NTASKS": str(world_size),
+        "SLURM_NTASKS_PER_NODE": str(world_size),
+        "SLURM_NNODES": "1",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+@pytest.fixture
+def start_all(start: Start) -> StartAll:
+    """Start the command line in several processes, the output of each in `output_RANK.txt`."""
+
+    def start_all(
+        directory: Path,
+        arguments: list[str],
+        world_size: int,
+        launcher: Callable[[int, int, int], dict[str, str]] = torchrun,
+        **kwargs: Any,
+    ) -> list[BaseProcess]:
+        port = free_port()
+        arguments = [*arguments, f"--trainer.devices={world_size}", "--trainer.strategy=ddp"]
+        return [
+            start(
+                directory,
+                arguments,
+                output=f"output_{rank}.txt",
+                environment=launcher(rank, world_size, port),
+                **kwargs,
+            )
+            for rank in range(world_size)
+        ]
+
+    return start_all
+
+
+def ended(processes: list[BaseProcess], seconds: float = 60) -> list[int | None]:
+    """The exit codes, once all have ended; None for those that have not by then."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    return [process.exitcode for process in processes]
+
+
+def wait_for(directory: Path, pattern: str) -> None:
+    deadline = time.monotonic() + 60
+    while not list(directory.glob(pattern)):
+        assert time.monotonic() < deadline, (directory / "output_0.txt").read_text()
+        time.sleep(0.05)
+
+
+def output(directory: Path, rank: int = 0) -> str:
+    """What a process printed, without the run's number and where it runs."""
+    return re.sub(r"version_\d+", "version_N", (directory / f"output_{rank}.txt").read_text())
+
+
+def difference(run: Path, other: Path) -> float:
+    """How far any of the last weights and of Adam's moments differs, relative to its norm in the first run."""
+
+    def tensors(run: Path) -> dict[str, Tensor]:
+        checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        moments = checkpoint["optimizer_states"][0]["state"].items()
+        return {**checkpoint["state_dict"], **{f"{i}.{name}": t for i, state in moments for name, t in state.items()}}
+
+    first, second = tensors(run), tensors(other)
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_run_on_several_processes_is_the_run_on_one(
+    tmp_path: Path, root: Path, start: Start, start_all: StartAll, world_size: int
+) -> None:
+    settings = [*small(root), *UNEVEN, "--trainer.precision=64-true", "--trainer.max_epochs=2"]
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert ended([start(one, settings, output="output_0.txt")]) == [0], output(one)
+    assert ended(start_all(several, settings, world_size)) == [0] * world_size, output(several)
+    assert difference(newest_run(one), newest_run(several)) < 1e-10
+    assert output(several) == output(one)
+    assert all(output(several, rank) == "" for rank in range(1, world_size))
+
+    if world_size == 2:
+        return  # 3 are enough for what follows
+    test, predict = (
+        [command, *small(root)[1:], "--ckpt_path=best", "--data.batch_size=23"] for command in ("test", "predict")
+    )
+    for arguments in (test, predict):
+        assert ended([start(one, arguments, output="output_0.txt")]) == [0], output(one)
+        assert ended(start_all(several, arguments, world_size)) == [0] * world_size, output(several)
+        assert output(several) == output(one)
+    written = sorted(path.relative_to(one) for path in one.rglob("*") if path.suffix in (".png", ".csv", ".json"))
+    assert len(written) == 2 * 4 + 1 + 2  # figures, predictions, results
+    for path in written:
+        if path.suffix == ".json":
+            results, others = (json.loads((directory / path).read_text()) for directory in (one, several))
+            assert {**results, "train_seconds": 0} == {**others, "train_seconds": 0}
+        else:
+            assert (several / path).read_bytes() == (one / path).read_bytes(), path
+
+
+def test_in_float32_the_first_iterations_are_those_of_one_process(
+    tmp_path: Path, root: Path, start: Start, start_all: StartAll
+) -> None:
+    settings = [*small(root), "--trainer.max_steps=10", "--test_after_fit=false"]
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert ended([start(one, settings, output="output_0.txt")]) == [0], output(one)
+    assert ended(start_all(several, settings, 2)) == [0, 0], output(several)
+    assert difference(newest_run(one), newest_run(several)) < 1e-5
+
+
+def test_minibatches_smaller_than_the_number_of_processes_count_once(
+    tmp_path: Path, root: Path, start: Start, start_all: StartAll
+) -> None:
+    """One of three processes has no part in any of the minibatches."""
+    assert ended([start(tmp_path, [*small(root), "--trainer.max_epochs=1"])]) == [0]
+    validate = ["validate", *small(root)[1:], "--ckpt_path=last", "--data.batch_size=2"]
+    assert ended([start(tmp_path, validate, output="output_0.txt")]) == [0], output(tmp_path)
+    alone = output(tmp_path)
+    assert ended(start_all(tmp_path, validate, 3)) == [0, 0, 0], output(tmp_path)
+    assert output(tmp_path) == alone
+
+
+def test_dropout_differs_between_processes_and_resuming_with_as_many_is_exact(
+    tmp_path: Path, root: Path, start_all: StartAll
+) -> None:
+    settings = [*small(root), "--data.steps_per_execution=3", "--checkpoint_every=3", "--trainer.max_epochs=4"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert ended(start_all(whole, settings, 2, dropout=True)) == [0, 0], output(whole)
+    states = torch.load(newest_run(whole) / "checkpoints/last.ckpt", weights_only=True)["rng_states"]
+    assert not torch.equal(*states)
+
+    runs = start_all(killed, [*settings, "--trainer.max_epochs=400"], 2, dropout=True)
+    wait_for(killed, "lightning_logs/*/checkpoints/best.ckpt")
+    for process in runs:
+        process.kill()
+    ended(runs)
+    assert ended(start_all(killed, [*settings, "--ckpt_path=last"], 2, dropout=True)) == [0, 0], output(killed)
+    assert_the_same(newest_run(whole), newest_run(killed))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    tmp_path: Path, root: Path, start: Start, start_all: StartAll, before: int, after: int
+) -> None:
+    mid_epoch = ["--data.steps_per_execution=2", "--trainer.precision=64-true", "--test_after_fit=false"]
+    settings = [*small(root), *UNEVEN, *mid_epoch]
+    one, several = tmp_path / "one", tmp_path / "several"
+    runs = start_all(several, [*settings, "--trainer.max_epochs=1000"], before)
+    wait_for(several, "lightning_logs/*/checkpoints/best.ckpt")
+    os.kill(runs[0].pid or 0, signal.SIGTERM)
+    assert ended(runs) == [128 + signal.SIGTERM] + [0] * (before - 1), output(several)
+
+    checkpoint = torch.load(newest_run(several) / "checkpoints/last.ckpt", weights_only=True)
+    settings.append(f"--trainer.max_epochs={checkpoint['epoch'] + 2}")
+    assert ended(start_all(several, [*settings, "--ckpt_path=last"], after)) == [0] * after, output(several)
+    assert ended([start(one, settings, output="output_0.txt")]) == [0], output(one)
+    assert difference(newest_run(one), newest_run(several)) < 1e-10
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_takes_the_run_down(tmp_path: Path, root: Path, start_all: StartAll, killed: int) -> None:
+    runs = start_all(tmp_path, [*small(root), "--trainer.max_epochs=10000"], 2)
+    wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")
+    runs[killed].kill()
+    assert ended(runs)[1 - killed] == 1
+    process = "process 1: " if killed == 0 else ""
+    message = f"mnist_lightning: {process}another process of the run has ended or does not answer"
+    assert output(tmp_path, 1 - killed).splitlines()[-1].startswith(message)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_takes_the_run_down_within_a_minute(
+    tmp_path: Path, root: Path, start_all: StartAll
+) -> None:
+    runs = start_all(tmp_path, [*small(root), "--trainer.max_epochs=100000"], 2)
+    wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")
+    os.kill(runs[1].pid or 0, signal.SIGSTOP)
+    assert ended(runs[:1]) == [1]
+    assert "does not answer" in output(tmp_path)
+
+
+def test_one_process_makes_the_data_for_all(tmp_path: Path, start_all: StartAll) -> None:
+    arguments = ["fit", "--data.dataset=synthetic", "--trainer.max_steps=1", "--trainer.limit_test_batches=1"]
+    assert ended(start_all(tmp_path, arguments, 2), 120) == [0, 0], output(tmp_path)
+    assert "Drawing stand-in digits" in output(tmp_path, 0)
+    assert output(tmp_path, 1) == ""
+
+
+def test_damaged_data_is_named_once(tmp_path: Path, fake_mnist: Path, start_all: StartAll) -> None:
+    path = fake_mnist / "MNIST/raw/train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    runs = start_all(tmp_path, ["fit", f"--data.root={fake_mnist}"], 2)
+    assert ended(runs) == [1, 1]
+    assert output(tmp_path).startswith(f"mnist_lightning: {path} is damaged")
+
+
+def test_slurm_is_detected(tmp_path: Path, root: Path, start_all: StartAll) -> None:
+    settings = [*small(root), "--trainer.max_epochs=1"]
+    assert ended(start_all(tmp_path, settings, 2, launcher=slurm)) == [0, 0], output(tmp_path)
+    assert "Epoch: 1, validation loss" in output(tmp_path)
+    assert output(tmp_path, 1) == ""
+
+
+def test_settings_that_the_launcher_contradicts_are_refused(tmp_path: Path, root: Path, start: Start) -> None:
+    settings = [*small(root), "--trainer.devices=1"]
+    runs = [start(tmp_path, settings, output=f"output_{i}.txt", environment=torchrun(i, 2, 1)) for i in range(2)]
+    assert ended(runs) == [2, 2]
+    assert "2 processes were started, but trainer.devices times trainer.num_nodes is 1" in output(tmp_path)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [None, 0, 1])
+def test_lightning_starts_the_processes_itself(tmp_path: Path, root: Path, killed: int | None) -> None:
+    settings = [*small(root), "--trainer.devices=2", f"--trainer.max_epochs={1 if killed is None else 10000}"]
+    with subprocess.Popen(
+        command("mnist_lightning", *settings), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        if killed is not None:
+            wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")
+            child = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text())
+            os.kill((run.pid, child)[killed], signal.SIGKILL)
+        out, err = run.communicate(timeout=60)  # waits for the child too, which has the same output
+    if killed is None:
+        assert (run.returncode, err) == (0, "")
+        assert out.splitlines()[-2] == "Run: lightning_logs/version_0"
+    else:
+        assert run.returncode != 0
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines(tmp_path: Path, root: Path) -> None:
+    """Both are this one."""
+    settings = [*small(root), "--trainer.max_epochs=1"]
+    settings += ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
+    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    runs = [
+        subprocess.Popen(
+            command("torch.distributed.run", *rendezvous, f"--node-rank={node}", "-m", "mnist_lightning", *settings),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert "Epoch: 1, validation loss" in outputs[0]
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
