@@ -141,7 +141,7 @@ def test_runs_as_a_module_from_a_fresh_process(root: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "command", sorted(set(re.findall(r"python -m mnist_lightning (\w+[^`\n]*)", README.read_text())))
+    "command", sorted(set(re.findall(r"-m mnist_lightning (\w+[^`\n]*)", README.read_text().replace("\\\n", ""))))
 )
 def test_the_readmes_commands_are_valid(run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     name, *arguments = command.split("#")[0].split()
