@@ -32,7 +32,7 @@ from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
 from mnist_lightning.loader import Minibatch
 from mnist_lightning.model import CLASSES
-from mnist_lightning.processes import whole
+from mnist_lightning.processes import gather
 
 
 class IterationProgressBar(RichProgressBar):
@@ -206,8 +206,6 @@ class Figures(Callback):
 
     def __init__(self, misclassified: Literal["file_order", "confidence"] = "file_order") -> None:
         self.misclassified = misclassified
-        self._images: list[Tensor] = []
-        self._labels: list[Tensor] = []
         self._logits: list[Tensor] = []
 
     def on_test_batch_end(
@@ -219,17 +217,15 @@ class Figures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._images.append(whole(trainer, batch[0]))
-        self._labels.append(whole(trainer, batch[1]))
-        self._logits.append(whole(trainer, outputs))
+        self._logits.append(gather(trainer, outputs))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        images, labels, logits = (torch.cat(t).cpu().float() for t in (self._images, self._labels, self._logits))
-        labels = labels.long()
-        self._images, self._labels, self._logits = [], [], []
+        logits = torch.cat(self._logits).cpu().float()
+        self._logits = []
         folder = run_directory(trainer)
         if folder is None:
             return
+        images, labels = (tensor[: len(logits)] for tensor in _data(trainer).test)
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
         correct = (predictions == labels).nonzero().squeeze(1)
         mistakes = (predictions != labels).nonzero().squeeze(1)
@@ -278,7 +274,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._probabilities.append(whole(trainer, outputs))
+        self._probabilities.append(gather(trainer, outputs))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = run_directory(trainer)

@@ -24,7 +24,7 @@ from mnist_lightning.callbacks import progress, run_directory
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
-from mnist_lightning.processes import rank, whole
+from mnist_lightning.processes import gather, rank
 
 
 class CheckpointError(RuntimeError):
@@ -180,16 +180,24 @@ class CheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Load a checkpoint by `read`, tensors and plain values only, to the CPU.
 
-        Of several processes, all load what the first one was asked for: a newer run may have come between them while
-        each looked for the last one.
+        Of several processes, the first one reads for all: the others may be on machines that do not have the file.
 
         Raises:
-            CheckpointError: As in `read`.
+            CheckpointError: As in `read`, in all processes.
         """
-        paths = [path]
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(paths)
-        return read(Path(paths[0]))
+        if not torch.distributed.is_initialized():
+            return read(Path(path))
+        found: list[Any] = [None]
+        if rank() == 0:
+            try:
+                found = [read(Path(path))]
+            except CheckpointError as error:
+                found = [error]
+        torch.distributed.broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        checkpoint: dict[str, Any] = found[0]
+        return checkpoint
 
 
 class BestAndLast(Checkpoint):
@@ -234,7 +242,7 @@ class BestAndLast(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         state = torch.get_rng_state().to(trainer.strategy.root_device)
-        checkpoint["rng_states"] = whole(trainer, state[None]).cpu()
+        checkpoint["rng_states"] = gather(trainer, state[None]).cpu()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -262,7 +270,7 @@ class BestAndLast(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_max_steps(trainer)
-        self._set_random_state(trainer)
+        self._restore_random_state(trainer)
         self._saved = trainer.global_step
         best, last = self.path(trainer, "best"), self.path(trainer, "last")
         # The first process looks, for all: they save together.
@@ -385,14 +393,11 @@ class BestAndLast(Checkpoint):
             os.close(self._lock)
             self._lock = None
 
-    def _set_random_state(self, trainer: pl.Trainer) -> None:
+    def _restore_random_state(self, trainer: pl.Trainer) -> None:
         states = self._rng_states if trainer.ckpt_path else None
         if states is not None and trainer.global_rank < len(states):
             # A copy, since PyTorch crashes on a tensor that does not begin where its storage does.
             torch.set_rng_state(states[trainer.global_rank].clone())
-        elif trainer.global_rank:
-            # Lightning seeds all processes alike: their dropout would leave out the same units.
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
         self._rng_states = None
 
     def _restore_max_steps(self, trainer: pl.Trainer) -> None:

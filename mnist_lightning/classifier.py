@@ -67,6 +67,11 @@ class MNISTClassifier(pl.LightningModule):
         self.trainer.precision_plugin.convert_module(self)
         self.example_input_array = torch.zeros(1, PIXELS).to(self.dtype)  # for TensorBoard's graph
 
+    def on_fit_start(self) -> None:
+        """Let each process draw random numbers of its own: with one seed, dropout would leave out the same units."""
+        if self.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def on_train_start(self) -> None:
         """Decide anew for each fit whether its steps can be fused.
 
@@ -117,7 +122,8 @@ class MNISTClassifier(pl.LightningModule):
         # For what subclasses and callbacks log: Lightning counts their x-axis in batches and will add 1 for this one.
         trainer.fit_loop.epoch_loop._batches_that_stepped += last - first - 1
 
-        points = [(iteration, *self._over_processes(values).tolist()) for iteration, values in measured.items()]
+        values = self._over_processes(torch.stack(list(measured.values()))).tolist() if measured else []
+        points = [(iteration, *pair) for iteration, pair in zip(measured, values, strict=True)]
         for iteration, loss, acc in points:
             curves = {"train/loss": loss, "train/acc": acc}
             self._log_curves(curves, iteration)
@@ -192,7 +198,7 @@ class MNISTClassifier(pl.LightningModule):
             f"{split}/loss": F.cross_entropy(logits, labels, reduction="sum") / count,
             f"{split}/acc": _correct(logits, labels).sum() / count,
         }
-        # Lightning cuts the mean of the processes' counts down to a whole number; that of these is one.
+        # Lightning divides the processes' sum of batch sizes by their number and drops the fraction; so there is none.
         weight = len(labels) * self.trainer.world_size
         self.log_dict(metrics, batch_size=weight, on_step=False, on_epoch=True, logger=False, sync_dist=True)
         return logits

@@ -246,7 +246,7 @@ class CLI(LightningCLI):
         )
         if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
             raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
-        callbacks = [*callbacks, processes.Patience(), Report(), PredictionWriter()]
+        callbacks = [*callbacks, processes.Timeout(), Report(), PredictionWriter()]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
                 callbacks.append(IterationProgressBar())
@@ -260,10 +260,11 @@ class CLI(LightningCLI):
             callbacks.append(self._best_and_last)
         if config.logger is False:
             self.save_config_callback = None
-        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=[*plugins, CheckpointIO()])
+        plugins = [*plugins, *processes.slurm(plugins), CheckpointIO()]
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
         processes.check(trainer)
-        if self.subcommand == "fit":
-            self.datamodule.check_share(trainer.world_size)  # before processes are started
+        if self.subcommand == "fit" and not self.config.fit.ckpt_path:
+            processes.check_share(self.datamodule.batch_size, trainer.world_size)
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
@@ -352,8 +353,15 @@ def main() -> int:
     """Run the command line.
 
     Returns:
-        0 when done, 1 when the job failed, 2 when the command or config was wrong, 128 + the number of a signal.
+        0 when done, 1 when the job failed, 2 when the command or config was wrong, 128 + the number of a signal. Of
+        several processes, none returns: each exits with it.
     """
+    code = _run()
+    processes.leave(code)
+    return code
+
+
+def _run() -> int:
     _silence_what_no_user_can_act_on()
     processes.end_with_launcher()
     if os.environ.get("MNIST_LIGHTNING_DEBUG") != "1":
@@ -414,7 +422,7 @@ def _fail(error: Exception | str, code: int) -> int:
     # A damaged file's content must not reach the terminal's control codes, nor a closed console hide the exit code.
     message = "".join(character if character.isprintable() else "?" for character in message)
     if rank := processes.rank():
-        # Where all fail, the first one speaks for all, and whoever started them ends this one before it does.
+        # Where all fail, the first one speaks for all: torchrun, and `end_with_launcher`, mostly end this one before.
         time.sleep(3)
         message = f"process {rank}: {message}"
     with contextlib.suppress(OSError):

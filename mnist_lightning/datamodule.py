@@ -89,7 +89,6 @@ class MNISTDataModule(pl.LightningDataModule):
             self._raw = files.get(self.dataset, self.root)
             if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
                 # `setup` would refuse them too, but after the loggers have made the run's directory.
-                self.check_share(self.trainer.world_size)
                 train_size = files.count(self._raw, "train") - self.val_size
                 self._in_minibatches(self.trainer, ceil(train_size / self.batch_size))
                 for split, size in {"val": self.val_size, "test": files.count(self._raw, "t10k")}.items():
@@ -125,20 +124,6 @@ class MNISTDataModule(pl.LightningDataModule):
             self.test = files.read(self._raw, "t10k")
         if stage == "fit" and self.trainer:
             self._count_minibatches(self.trainer)
-
-    def check_share(self, world_size: int) -> None:
-        """Refuse to train in so many processes where they cannot share a minibatch equally.
-
-        Raises:
-            MisconfigurationException: `batch_size` does not divide; the message names the nearest that do.
-        """
-        below = self.batch_size // world_size * world_size
-        if below != self.batch_size:
-            nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
-            raise MisconfigurationException(
-                f"data.batch_size is the minibatch of all {world_size} processes together, and {self.batch_size} does "
-                f"not divide by {world_size}; give {nearest}"
-            )
 
     def teardown(self, stage: str) -> None:
         """Give the Trainer its own settings back."""

@@ -26,8 +26,9 @@ class Minibatches:
         world_size: Number of processes that share each minibatch, equally or to within one example.
 
     Attributes:
-        sizes: For each minibatch its examples, over the number of processes. A sum over a process's part, divided by
-            it, has the sum's mean over the whole minibatch as its mean over the processes.
+        sizes: For each minibatch, its number of examples divided by the number of processes. Divide the sum over a
+            process's part by it, and the mean over the processes is the mean over the whole minibatch, also where the
+            parts differ in size.
     """
 
     def __init__(
@@ -35,9 +36,9 @@ class Minibatches:
     ) -> None:
         self.inputs = inputs
         self.targets = targets
-        whole = order.split(batch_size)
-        self.sizes = [len(index) / world_size for index in whole]
-        self.indices = [index.tensor_split(world_size)[rank] for index in whole]
+        minibatches = order.split(batch_size)
+        self.sizes = [len(index) / world_size for index in minibatches]
+        self.indices = [index.tensor_split(world_size)[rank] for index in minibatches]
 
     def __len__(self) -> int:
         """Number of minibatches."""

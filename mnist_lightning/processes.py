@@ -1,12 +1,16 @@
 """Several processes: what Lightning's distributed engine leaves to a project. With one process, skip this file."""
 
+import contextlib
 import os
+import sys
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,16 +21,26 @@ from torch.distributed import distributed_c10d
 from torch.distributed.constants import default_pg_timeout
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-# A process that did not answer for so long is taken for dead. PyTorch's half an hour is kept for the start, where one
-# machine may still be importing while another one waits.
-PATIENCE = timedelta(seconds=50)
+# A process that did not answer for so long is taken for dead, so that a run ends within a minute. PyTorch's half hour
+# is kept for the start, where one machine may still be importing while another one waits.
+TIMEOUT = timedelta(seconds=50)
 
 LAUNCHER = "MNIST_LIGHTNING_LAUNCHER"
 
 
 def rank() -> int:
-    """This process's number among those of the run; 0 is the first, or the only one."""
+    """This process's number among those of the run; 0 is the first, or the only one, also before there is a Trainer."""
     return getattr(rank_zero_only, "rank", 0)
+
+
+def slurm(plugins: list[Any]) -> list[ClusterEnvironment]:
+    """SLURM as Lightning would find it by itself, but without requeueing: that would save amid a call of a step.
+
+    Args:
+        plugins: The user's; one that says how processes are started is kept.
+    """
+    given = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+    return [SLURMEnvironment(auto_requeue=False)] if _launcher() is SLURMEnvironment and not given else []
 
 
 def check(trainer: pl.Trainer) -> None:
@@ -36,8 +50,11 @@ def check(trainer: pl.Trainer) -> None:
         MisconfigurationException: Its strategy is another one than `ddp`, or the launcher has started another number of
             processes than its settings say.
     """
-    for environment in (TorchElasticEnvironment, SLURMEnvironment):
-        if environment.detect() and (started := environment().world_size()) != trainer.world_size:
+    launcher = _launcher()
+    # A script that asked SLURM for several tasks may still run a single process.
+    if launcher is TorchElasticEnvironment or (launcher and trainer.world_size > 1):
+        started = launcher().world_size()
+        if started != trainer.world_size:
             raise MisconfigurationException(
                 f"{started} processes were started, but trainer.devices times trainer.num_nodes is "
                 f"{trainer.world_size}; give the number of processes on each machine and the number of machines"
@@ -49,28 +66,54 @@ def check(trainer: pl.Trainer) -> None:
         raise MisconfigurationException("trainer.strategy: for several processes, give ddp")
 
 
-class Patience(pl.Callback):
+def check_share(batch_size: int, world_size: int) -> None:
+    """Refuse to begin a run whose processes cannot share a minibatch equally.
+
+    They would count each image once all the same, as a resumed run's do, which keeps its minibatches.
+
+    Raises:
+        MisconfigurationException: `batch_size` does not divide; the message names the nearest that do.
+    """
+    below = batch_size // world_size * world_size
+    if below != batch_size:
+        nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
+        raise MisconfigurationException(
+            f"data.batch_size is the minibatch of all {world_size} processes together, and {batch_size} does not "
+            f"divide by {world_size}; give {nearest}"
+        )
+
+
+def _launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
+    # In Lightning's order: torchrun may itself have been started by SLURM.
+    return next((launcher for launcher in (TorchElasticEnvironment, SLURMEnvironment) if launcher.detect()), None)
+
+
+class Timeout(pl.Callback):
     """Ends a run where a process hangs or its machine is gone, unless the strategy has a timeout of its own."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set the timeout, once all processes have met."""
         if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._timeout == default_pg_timeout:
-            # The second is what PyTorch before 2.15 has.
-            getattr(distributed_c10d, "set_timeout", distributed_c10d._set_pg_timeout)(PATIENCE)
+            # The second is what older versions of PyTorch have.
+            set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
+            set_timeout(TIMEOUT)
 
 
-def whole(trainer: pl.Trainer, part: Tensor) -> Tensor:
+def gather(trainer: pl.Trainer, part: Tensor) -> Tensor:
     """Put the parts that the processes have of a minibatch together, in order; each process has to call it."""
     return torch.cat(gather_all_tensors(part)) if trainer.world_size > 1 else part
 
 
 def is_lost(error: Exception) -> bool:
     """Whether an error means that another process of the run has ended or does not answer."""
-    return isinstance(error, torch.distributed.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
+    gloo = type(error) is RuntimeError and ("/gloo/" in str(error) or "caused pair closure" in str(error))
+    return gloo or isinstance(error, torch.distributed.DistBackendError)
 
 
 def end_with_launcher() -> None:
     """Let a process that Lightning started end with the process that started it; Lightning watches only the reverse."""
+    if _launcher():
+        return
     if LAUNCHER not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[LAUNCHER] = str(os.getpid())
         return
@@ -78,6 +121,21 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while str(os.getppid()) == os.environ[LAUNCHER]:
             time.sleep(1)
+        with contextlib.suppress(OSError):
+            message = f"mnist_lightning: process {rank()}: the process that started this one has ended"
+            print(message, file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def leave(code: int) -> None:
+    """End this process at once where it has talked to others, with `code`.
+
+    Threads of PyTorch's may outlive the interpreter and abort it: measured in 4 of 180 processes that did nothing else.
+    """
+    if torch.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)

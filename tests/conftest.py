@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning import classifier, files, processes, synthetic
+from mnist_lightning import classifier, files, synthetic
 from mnist_lightning.cli import main
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.model import MLP
@@ -154,7 +154,6 @@ def run_in_process(
     directory: Path, arguments: list[str], dropout: bool, output_name: str, environment: dict[str, str]
 ) -> None:
     os.chdir(directory)
-    os.environ.pop(processes.LAUNCHER, None)  # a run in the tests' own process may have left it
     os.environ.update(environment)
     output = os.open(output_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

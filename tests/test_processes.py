@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll, before: int, after: int
 ) -> None:
     mid_epoch = ["--data.steps_per_execution=2", "--trainer.precision=64-true", "--test_after_fit=false"]
-    settings = [*small(root), *UNEVEN, *mid_epoch]
+    settings = [*small(root), *UNEVEN, "--data.batch_size=200", *mid_epoch]  # 3 do not divide it
     one, several = tmp_path / "one", tmp_path / "several"
     runs = start_all(several, [*settings, "--trainer.max_epochs=1000"], before)
     wait_for(several, "lightning_logs/*/checkpoints/best.ckpt")
@@ -265,6 +265,11 @@ def test_settings_that_the_launcher_contradicts_are_refused(tmp_path: Path, root
     assert "2 processes were started, but trainer.devices times trainer.num_nodes is 1" in output(tmp_path)
 
 
+def test_a_script_for_several_slurm_tasks_may_run_one_process(tmp_path: Path, root: Path, start: Start) -> None:
+    run = start(tmp_path, [*small(root), "--trainer.max_epochs=1"], environment=slurm(0, 4, free_port()))
+    assert ended([run]) == [0], (tmp_path / "output.txt").read_text()
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", *arguments]
 
@@ -305,21 +310,24 @@ def test_lightning_starts_the_processes_itself(tmp_path: Path, root: Path, death
 
 @pytest.mark.slow
 def test_torchrun_on_two_machines(tmp_path: Path, root: Path) -> None:
-    """Both are this one."""
+    """Both are this one, each with a directory of its own."""
     settings = [*small(root), "--trainer.max_epochs=1"]
     settings += ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for directory in machines:
+        directory.mkdir()
     rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     runs = [
         subprocess.Popen(
             command("torch.distributed.run", *rendezvous, f"--node-rank={node}", "-m", "mnist_lightning", *settings),
-            cwd=tmp_path,
+            cwd=directory,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for node in range(2)
+        for node, directory in enumerate(machines)
     ]
     outputs = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
-    assert "Epoch: 1, validation loss" in outputs[0]
-    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+    assert "Test loss" in outputs[0]
+    assert [path.name for path in tmp_path.rglob("version_*")] == ["version_0"]
