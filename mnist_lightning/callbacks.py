@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,7 +31,7 @@ from mnist_lightning import plots
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
-from mnist_lightning.loader import Minibatch
+from mnist_lightning.loader import DeviceLoader, Minibatch, Minibatches
 from mnist_lightning.model import CLASSES
 from mnist_lightning.processes import gather
 
@@ -71,6 +72,8 @@ class IterationProgressBar(RichProgressBar):
 class Report(Callback):
     """Prints the tutorial's lines, logs what TensorBoard's HParams tab compares, and writes `results.json`.
 
+    The curve `train/examples_per_second` is of the calls of `training_step` alone, without validation and figures.
+
     Keeps the history of the curves as rows `[iteration, loss, accuracy]`; checkpoints carry it along.
     """
 
@@ -82,6 +85,7 @@ class Report(Callback):
         self._fits = False
         self._seconds_of_resumed_runs = 0.0
         self._started: float | None = None
+        self._call_started = 0.0, 0  # when, and after how many iterations
 
     @property
     def train_seconds(self) -> float:
@@ -142,18 +146,28 @@ class Report(Callback):
             restart = SessionLog(status=SessionLog.START)
             for writer in _tensorboards(trainer):
                 writer.file_writer.add_event(Event(step=trainer.global_step + 1, session_log=restart))
-        settings = {**pl_module.hparams, **_data(trainer).hparams}
+        settings = _flatten_dict({**pl_module.hparams, **_data(trainer).hparams})
         metrics = dict.fromkeys(("test/acc", "test/loss", "val/acc", "val/loss"))
         for writer in _tensorboards(trainer):
             for summary in hparams(settings, metrics):
                 writer.file_writer.add_summary(summary)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Minibatches, batch_idx: int
     ) -> None:
+        self._call_started = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Minibatches, batch_idx: int
+    ) -> None:
+        then, iterations = self._call_started
+        examples = sum(batch.sizes[: trainer.global_step - iterations]) * trainer.world_size
+        speed = {"train/examples_per_second": examples / (time.perf_counter() - then)}
         for iteration, loss, acc in outputs["points"]:
             self.train.append([iteration, loss, acc])
             say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
+            for logger in trainer.loggers:
+                logger.log_metrics(speed, step=iteration)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -197,7 +211,7 @@ class Report(Callback):
 
 
 class Figures(Callback):
-    """Draws the test's figures to TensorBoard and to `figures/*.png`.
+    """Draws figures to TensorBoard and to `figures/*.png`: distortions when training begins, digits after the test.
 
     Args:
         misclassified: Which nine of the misclassified digits to show: the first of the test file (`file_order`), or
@@ -207,6 +221,20 @@ class Figures(Callback):
     def __init__(self, misclassified: Literal["file_order", "confidence"] = "file_order") -> None:
         self.misclassified = misclassified
         self._logits: list[Tensor] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loader = trainer.train_dataloader
+        assert isinstance(loader, DeviceLoader)
+        if loader.augmentation is None or trainer.global_step:
+            return
+        images = _data(trainer).train[0][:6]
+        copies = images.repeat_interleave(9, dim=0)
+        noise = torch.empty(len(copies), loader.augmentation.draws)
+        noise.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+        figure = plots.distorted_digits(
+            images, loader.augmentation(copies, noise).reshape(len(images), 9, -1), _data(trainer).dataset_name
+        )
+        self._save({"distortions": figure}, trainer, pl_module)
 
     def on_test_batch_end(
         self,
@@ -252,6 +280,12 @@ class Figures(Callback):
         if report and report.train:
             train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (report.train, report.val))
             figures["training_curves"] = plots.training_curves(train, val, f"{data}: training curves")
+        self._save(figures, trainer, pl_module)
+
+    def _save(self, figures: dict[str, Figure], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = run_directory(trainer)
+        if folder is None:
+            return
         (folder / "figures").mkdir(exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(folder / "figures" / f"{name}.png", dpi=120)

@@ -2,13 +2,17 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from mnist_lightning.fused import FusedStep, can_fuse, try_fused_step
 from mnist_lightning.loader import Minibatch, Minibatches
@@ -21,12 +25,20 @@ CHECK_LOSSES_EVERY = 100
 class MNISTClassifier(pl.LightningModule):
     """An `MLP` trained with the mean softmax cross-entropy and Adam (betas 0.9 and 0.999, eps 1e-8).
 
-    Metrics: `train/loss`, `train/acc` every `Trainer(log_every_n_steps)` iterations; `val/*`, `test/*` over the whole
-    split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is iterations.
+    Metrics: `train/loss`, `train/acc`, `train/learning_rate` every `Trainer(log_every_n_steps)` iterations; `val/*`,
+    `test/*` over the whole split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is
+    iterations.
 
     Args:
         hidden_dim: Number of hidden ReLU units, at least 1.
-        learning_rate: Adam's step size, above 0.
+        learning_rate: Adam's step size, above 0; its peak where a schedule changes it.
+        learning_rate_schedule: `one_cycle` rises from a 25th of `learning_rate` to all of it in the first 30% of the
+            iterations and falls to nearly 0 at the last one, along cosines (Smith and Topin 2017, by PyTorch's
+            `OneCycleLR`).
+        weight_decay: Before each iteration weights and biases shrink by the learning rate times this, 0 or above
+            (AdamW, Loshchilov and Hutter 2017).
+        dropout: In training, the probability that a hidden unit is left out, from 0 up to 1.
+        label_smoothing: Share of each label that is spread evenly over the ten digits in `train/loss`, from 0 up to 1.
         init_std: Standard deviation of the initial weights before they are cut at two of it, above 0.
         fused_step: On a CPU, do optimizer steps without autograd where nothing hooks into them: the same numbers in two
             thirds of the time.
@@ -36,7 +48,15 @@ class MNISTClassifier(pl.LightningModule):
     """
 
     def __init__(
-        self, hidden_dim: int = 200, learning_rate: float = 0.001, init_std: float = 0.01, fused_step: bool = True
+        self,
+        hidden_dim: int = 200,
+        learning_rate: float = 0.001,
+        learning_rate_schedule: Literal["constant", "one_cycle"] = "constant",
+        weight_decay: float = 0,
+        dropout: float = 0,
+        label_smoothing: float = 0,
+        init_std: float = 0.01,
+        fused_step: bool = True,
     ) -> None:
         super().__init__()
         if hidden_dim < 1:
@@ -44,12 +64,20 @@ class MNISTClassifier(pl.LightningModule):
         for name, value in {"learning_rate": learning_rate, "init_std": init_std}.items():
             if not (0 < value < math.inf):
                 raise ValueError(f"{name} must be a finite number above 0, not {value}")
+        if not (0 <= weight_decay < math.inf):
+            raise ValueError(f"weight_decay must be a finite number, 0 or above, not {weight_decay}")
+        for name, value in {"dropout": dropout, "label_smoothing": label_smoothing}.items():
+            if not (0 <= value < 1):
+                raise ValueError(f"{name} must be from 0 up to 1, not {value}")
         # How steps are computed is no property of the trained network.
         self.save_hyperparameters(ignore="fused_step")
         self.fused_step = fused_step
         self._loaded_iteration = 0
         self.learning_rate = learning_rate
-        self.mlp = MLP(hidden_dim, init_std)
+        self.learning_rate_schedule = learning_rate_schedule
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.mlp = MLP(hidden_dim, init_std, dropout)
         # A Lightning batch is several minibatches here: `training_step` runs an optimizer step for each.
         self.automatic_optimization = False
 
@@ -58,9 +86,27 @@ class MNISTClassifier(pl.LightningModule):
         logits: Tensor = self.mlp(images)
         return logits
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, all parameters in one kernel."""
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, which without weight decay is Adam, all parameters in one kernel; and the schedule of its rate."""
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
+        if self.learning_rate_schedule == "constant":
+            return optimizer
+        return [optimizer], [
+            OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=self._iterations(), cycle_momentum=False)
+        ]
+
+    def _iterations(self) -> int:
+        """Iterations of the whole fit, over which a schedule stretches."""
+        trainer = self.trainer
+        epochs, data = trainer.max_epochs or -1, trainer.datamodule  # type: ignore[attr-defined]
+        limits = [limit for limit in (epochs * data.iterations_per_epoch, trainer.max_steps) if limit >= 0]
+        if not limits:
+            raise MisconfigurationException(
+                f"the schedule {self.learning_rate_schedule} needs an end: give max_epochs or max_steps"
+            )
+        return min(limits)
 
     def setup(self, stage: str) -> None:
         """Take on the Trainer's precision: Lightning would first load a checkpoint's weights into float32 ones."""
@@ -87,8 +133,20 @@ class MNISTClassifier(pl.LightningModule):
         self._try_fused = self.fused_step and can_fuse(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember how long the weights were trained, for the x-axis of their test."""
+        """Remember how long the weights were trained, for the x-axis of their test.
+
+        Raises:
+            MisconfigurationException: A schedule is resumed that was made for another number of iterations.
+        """
         self._loaded_iteration = checkpoint["global_step"]
+        if self.learning_rate_schedule != "constant" and self.trainer.state.fn == TrainerFn.FITTING:
+            (schedule,) = checkpoint["lr_schedulers"]
+            if schedule["total_steps"] != self._iterations():
+                raise MisconfigurationException(
+                    f"the checkpoint's schedule {self.learning_rate_schedule} stretches over "
+                    f"{schedule['total_steps']:,} iterations, not {self._iterations():,}; give the same max_epochs "
+                    "and max_steps to resume it"
+                )
 
     @property
     def iteration(self) -> int:
@@ -109,13 +167,17 @@ class MNISTClassifier(pl.LightningModule):
         first = self.global_step
         # A negative `max_steps` means no limit.
         last = first + len(batch) if trainer.max_steps < 0 else min(first + len(batch), trainer.max_steps)
-        losses, measured = [], {}
+        optimizer, schedule = self._optimizer(), self.lr_schedulers()
+        losses, measured, rates = [], {}, {}
         # Not strict: `max_steps` may end training before the last minibatch.
         for iteration, (images, labels), size in zip(range(first + 1, last + 1), batch, batch.sizes, strict=False):
             loss, logits = self._fused_or_step(images, labels, size)
             losses.append(loss)
             if log_every and iteration % log_every == 0:
                 measured[iteration] = torch.stack([loss, _correct(logits, labels).sum() / size])
+                rates[iteration] = optimizer.param_groups[0]["lr"]
+            if isinstance(schedule, LRScheduler):
+                schedule.step()
             if len(losses) == CHECK_LOSSES_EVERY or iteration == last:
                 _check_finite(self._over_processes(torch.stack(losses)), iteration)
                 losses = []
@@ -125,7 +187,7 @@ class MNISTClassifier(pl.LightningModule):
         values = self._over_processes(torch.stack(list(measured.values()))).tolist() if measured else []
         points = [(iteration, *pair) for iteration, pair in zip(measured, values, strict=True)]
         for iteration, loss, acc in points:
-            curves = {"train/loss": loss, "train/acc": acc}
+            curves = {"train/loss": loss, "train/acc": acc, "train/learning_rate": rates[iteration]}
             self._log_curves(curves, iteration)
             # For the progress bar and for callbacks that monitor them.
             self.log_dict(curves, logger=False, prog_bar=True)
@@ -142,7 +204,7 @@ class MNISTClassifier(pl.LightningModule):
         logits: Tensor = self(images)
         # The mean, and of several processes each one's share in it: Lightning takes the mean of their gradients, though
         # their parts of an epoch's last minibatch may differ in size.
-        loss = F.cross_entropy(logits, labels, reduction="sum") / size
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing) / size
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()

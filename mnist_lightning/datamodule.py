@@ -1,5 +1,6 @@
 """MNIST as minibatches: split it as the tutorial does and hand out loaders on the Trainer's device."""
 
+from dataclasses import asdict
 from math import ceil, gcd
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from mnist_lightning import files
+from mnist_lightning.distortions import Distortions
 from mnist_lightning.loader import DeviceLoader
 
 TRAIN_FILE_SIZE = 60_000
@@ -39,6 +41,8 @@ class MNISTDataModule(pl.LightningDataModule):
             to see every minibatch.
         val_size: Images held out for validation, 1 to 59,999.
         seed: Seed of the shuffling, 0 or above. An epoch's order depends on it and on the epoch's number alone.
+        distortions: Distort each training image anew in each epoch: true, or how much. Not with
+            `Trainer(overfit_batches)`. Images that are validated, tested and predicted stay as they are.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -53,6 +57,7 @@ class MNISTDataModule(pl.LightningDataModule):
         steps_per_execution: int = 50,
         val_size: int = 5000,
         seed: int = 0,
+        distortions: bool | Distortions = False,
     ) -> None:
         super().__init__()
         for name, value in {"batch_size": batch_size, "steps_per_execution": steps_per_execution}.items():
@@ -68,6 +73,7 @@ class MNISTDataModule(pl.LightningDataModule):
         self.steps_per_execution = steps_per_execution
         self.val_size = val_size
         self.seed = seed
+        self.distortions = Distortions() if distortions is True else distortions or None
         self._steps_per_execution = steps_per_execution
         self._raw = Path()
         self._trainer_settings: tuple[Any, Any] | None = None
@@ -113,6 +119,7 @@ class MNISTDataModule(pl.LightningDataModule):
                 "steps_per_execution": self.steps_per_execution,
                 "val_size": self.val_size,
                 "seed": self.seed,
+                "distortions": asdict(self.distortions) if self.distortions else False,
             }
         )
         if stage in ("fit", "validate"):
@@ -157,9 +164,11 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DeviceLoader:
         """Freshly shuffled lists of minibatches; with `Trainer(overfit_batches)`, the first ones of the split."""
+        overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
         return self._loader(
             self.train,
-            shuffle_seed=None if self.trainer and self.trainer.overfit_batches else self.seed,  # type: ignore[attr-defined]
+            shuffle_seed=None if overfit else self.seed,
+            augmentation=None if overfit else self.distortions,
             steps_per_execution=self._steps_per_execution,
             limit=self.iterations_per_epoch,
         )

@@ -2,7 +2,7 @@
 
 On a CPU a third of this small network's step is not arithmetic but autograd's bookkeeping and new tensors. Here each
 result has a place of its own that every step writes again. The kernels are those that autograd and
-`torch.optim.Adam(fused=True)` call, in the same order, so the weights are bit-identical.
+`torch.optim.AdamW(fused=True)` call, in the same order, so the weights are bit-identical.
 
 Change the network, the loss or the optimizer, and the trial in `try_fused_step` notices: training goes on as you wrote
 it, without this file.
@@ -37,6 +37,7 @@ def can_fuse(module: pl.LightningModule) -> bool:
         module.device.type == "cpu"
         and trainer.world_size == 1
         and type(trainer.precision_plugin) in (Precision, DoublePrecision)
+        and not (module.hparams["dropout"] or module.hparams["label_smoothing"])
         and all(parameter.requires_grad for parameter in module.parameters())
         and not torch.is_anomaly_enabled()
         and not any(is_overridden(hook, module, pl.LightningModule) for hook in (*HOOKS, "optimizer_step"))
@@ -55,7 +56,7 @@ def try_fused_step(
 
     Args:
         network: The network to train, in float32 or float64 on a CPU.
-        optimizer: Adam over the network's parameters, with at least one step behind it.
+        optimizer: AdamW over the network's parameters, with at least one step behind it.
         images: (B, 784) pixels.
         labels: (B,) classes.
         step: The ordinary step.
@@ -80,11 +81,11 @@ def try_fused_step(
 
 
 class FusedStep:
-    """A step of the tutorial's training: forward, mean softmax cross-entropy, backward, Adam.
+    """A step of the tutorial's training: forward, mean softmax cross-entropy, backward, AdamW.
 
     Args:
         network: The network to train, in float32 or float64 on a CPU.
-        optimizer: Adam over the network's parameters, with at least one step behind it.
+        optimizer: AdamW over the network's parameters, with at least one step behind it.
         batch_size: Images in each minibatch.
     """
 
@@ -134,7 +135,7 @@ class FusedStep:
         torch.sum(self.hidden_grad, 0, out=hidden_bias_grad)
 
         torch._foreach_add_(self.steps, 1)
-        torch._fused_adam_(
+        torch._fused_adamw_(
             self.parameters,
             self.gradients,
             self.means,

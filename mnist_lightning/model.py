@@ -16,11 +16,13 @@ class MLP(nn.Module):
     Args:
         hidden_dim: Number of hidden ReLU units, at least 1. With 200 the network has 159,010 parameters.
         init_std: Standard deviation of the normal distribution before it is cut, above 0.
+        dropout: In training, the probability that a hidden unit is left out, from 0 up to 1.
     """
 
-    def __init__(self, hidden_dim: int = 200, init_std: float = 0.01) -> None:
+    def __init__(self, hidden_dim: int = 200, init_std: float = 0.01, dropout: float = 0) -> None:
         super().__init__()
         self.hidden = nn.Linear(PIXELS, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden_dim, CLASSES)
         for layer in (self.hidden, self.output):
             # Without bounds, PyTorch cuts at -2 and 2 whatever the standard deviation is.
@@ -29,5 +31,5 @@ class MLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pixels, (B, 784) floats in [0, 1], to logits, (B, 10)."""
-        logits: Tensor = self.output(F.relu(self.hidden(images)))
+        logits: Tensor = self.output(self.dropout(F.relu(self.hidden(images))))
         return logits

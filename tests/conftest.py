@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning import classifier, files, synthetic
+from mnist_lightning import files, synthetic
 from mnist_lightning.cli import main
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.model import MLP
 
 SMALL = {"train": 1250, "t10k": 230}
 VAL_SIZE = 200  # leaves 1,050 training digits: 11 minibatches of 100, the last one of 50
@@ -112,13 +110,6 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-class DropoutMLP(MLP):
-    """A network that draws random numbers in each training step."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(nn.functional.dropout(images, 0.2, self.training))
-
-
 def newest_run(directory: Path) -> Path:
     return max((directory / "lightning_logs").iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
 
@@ -140,6 +131,7 @@ def everything(run: Path) -> dict[str, Any]:
         curve = [(event.step, event.value) for event in events.Scalars(tag)]
         # A run that dies after its test tests again.
         left[tag] = sorted(set(curve)) if tag.startswith("test/") else curve
+    left["train/examples_per_second"] = [iteration for iteration, _ in left["train/examples_per_second"]]
     results = json.loads((run / "results.json").read_text())
     left["results"] = {key: value for key, value in results.items() if key != "train_seconds"}
     return left
@@ -151,17 +143,13 @@ def assert_the_same(run: Path, other: Path) -> None:
     assert expected.keys() == found.keys()
 
 
-def run_in_process(
-    directory: Path, arguments: list[str], dropout: bool, output_name: str, environment: dict[str, str]
-) -> None:
+def run_in_process(directory: Path, arguments: list[str], output_name: str, environment: dict[str, str]) -> None:
     os.chdir(directory)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background jobs of a shell ignore
     output = os.open(output_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if dropout:
-        vars(classifier)["MLP"] = DropoutMLP
     sys.argv = ["mnist_lightning", *arguments]
     sys.exit(main())
 
@@ -174,13 +162,12 @@ def start() -> Iterator[Start]:
     def start(
         directory: Path,
         arguments: list[str],
-        dropout: bool = False,
         output: str = "output.txt",
         environment: dict[str, str] | None = None,
     ) -> BaseProcess:
         directory.mkdir(exist_ok=True)
         (directory / output).touch()
-        process = fork.Process(target=run_in_process, args=(directory, arguments, dropout, output, environment or {}))
+        process = fork.Process(target=run_in_process, args=(directory, arguments, output, environment or {}))
         process.start()
         started.append(process)
         return process

@@ -11,6 +11,7 @@ from conftest import VAL_SIZE
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
@@ -39,6 +40,7 @@ def train(
     steps_per_execution: int = 4,
     callbacks: tuple[Callback, ...] = (),
     fused: bool = True,
+    model_settings: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[pl.Trainer, MNISTClassifier, Recorder]:
     torch.manual_seed(0)
@@ -52,7 +54,7 @@ def train(
         logger=False,
         **settings,
     )
-    model = MNISTClassifier(hidden_dim=20, fused_step=fused)
+    model = MNISTClassifier(hidden_dim=20, fused_step=fused, **model_settings or {})
     data = MNISTDataModule("synthetic", str(root), steps_per_execution=steps_per_execution, val_size=VAL_SIZE)
     trainer.fit(model, datamodule=data)
     return trainer, model, recorder
@@ -84,8 +86,13 @@ class Hooked(Callback):
         self.calls += 1
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true"])
-def test_the_fused_step_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+RECIPE: dict[str, Any] = {"learning_rate": 0.01, "learning_rate_schedule": "one_cycle", "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(("precision", "recipe"), [("32-true", {}), ("64-true", {}), ("32-true", RECIPE)])
+def test_the_fused_step_changes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, precision: str, recipe: dict[str, Any]
+) -> None:
     sizes: list[int] = []
 
     class Spy(FusedStep):
@@ -94,9 +101,9 @@ def test_the_fused_step_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPa
             return super().__call__(images, labels)
 
     monkeypatch.setattr("mnist_lightning.fused.FusedStep", Spy)
-    fused = train(root, precision=precision, log_every_n_steps=3)
+    fused = train(root, precision=precision, log_every_n_steps=3, model_settings=recipe)
     assert sizes == [100] * 19  # not the first step, which makes Adam's state, and not the two minibatches of 50
-    plain = train(root, precision=precision, log_every_n_steps=3, fused=False)
+    plain = train(root, precision=precision, log_every_n_steps=3, fused=False, model_settings=recipe)
     assert len(sizes) == 19
     assert torch.equal(weights(fused[1]), weights(plain[1]))
     assert fused[2].points == plain[2].points
@@ -160,6 +167,87 @@ def test_trains_as_a_plain_loop_does(root: Path) -> None:
         loss.backward()
         optimizer.step()
     torch.testing.assert_close(model.mlp.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def test_one_cycle_rises_and_falls_along_cosines(root: Path) -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    train(root, callbacks=(Rates(),), max_epochs=4, model_settings=RECIPE)  # 44 iterations
+    rises = 0.3 * 44 - 1
+    for iteration, rate in enumerate(rates):
+        up = iteration <= rises
+        done = iteration / rises if up else (iteration - rises) / (43 - rises)
+        begin, end = (0.01 / 25, 0.01) if up else (0.01, 0.01 / 25 / 1e4)
+        assert rate == pytest.approx(end + (begin - end) * (1 + math.cos(math.pi * done)) / 2)
+    assert len(rates) == 44
+
+
+@pytest.mark.parametrize(
+    ("limits", "iterations"),
+    [({"max_epochs": 3}, 33), ({"max_epochs": 3, "max_steps": 7}, 7), ({"max_epochs": -1, "max_steps": 15}, 15)],
+)
+def test_one_cycle_ends_where_training_does(root: Path, limits: dict[str, Any], iterations: int) -> None:
+    trainer = train(root, model_settings=RECIPE, **limits)[0]
+    schedule = trainer.lr_scheduler_configs[0].scheduler
+    assert isinstance(schedule, OneCycleLR)
+    assert trainer.global_step == schedule.total_steps == iterations
+
+
+def test_one_cycle_needs_an_end(root: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="give max_epochs or max_steps"):
+        train(root, max_epochs=-1, model_settings=RECIPE)
+
+
+def test_weight_decay_shrinks_all_weights_by_the_rate(root: Path) -> None:
+    plain, decayed = (
+        train(root, max_steps=1, max_epochs=1, model_settings={"weight_decay": decay})[1] for decay in (0.0, 100.0)
+    )
+    torch.manual_seed(0)
+    before = weights(MNISTClassifier(hidden_dim=20))
+    torch.testing.assert_close(weights(decayed), weights(plain) - 0.001 * 100 * before)
+
+
+def test_label_smoothing_spreads_labels_in_training_only(root: Path) -> None:
+    trainer, model, recorder = train(
+        root, max_steps=1, max_epochs=1, log_every_n_steps=1, model_settings={"label_smoothing": 0.3}
+    )
+    torch.manual_seed(0)
+    network = MNISTClassifier(hidden_dim=20)
+    images, labels = recorder.minibatches[0]
+    targets = 0.7 * F.one_hot(labels, 10) + 0.3 / 10
+    loss = -(targets * F.log_softmax(network(images), dim=1)).sum(dim=1).mean()
+    assert recorder.points[0][1] == pytest.approx(loss.item(), rel=1e-5)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    trainer.validate(model, datamodule=data, verbose=False)
+    loss = F.cross_entropy(model(data.val[0]), data.val[1])
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_dropout_leaves_out_hidden_units_in_training_only() -> None:
+    network = MNISTClassifier(hidden_dim=1000, dropout=0.4)
+    hidden: list[Tensor] = []
+    network.mlp.output.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
+    images = torch.rand(50, 784)
+    network(images)
+    network.eval()(images)
+    dropped, whole = hidden
+    lit = whole > 0
+    assert (dropped[lit] == 0).float().mean().item() == pytest.approx(0.4, abs=0.02)
+    kept = dropped > 0
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.6)
+
+
+@pytest.mark.parametrize("setting", ["dropout", "label_smoothing"])
+def test_dropout_and_label_smoothing_are_never_fused_away(
+    root: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """A trial could miss one so small."""
+    monkeypatch.setattr(FusedStep, "__init__", lambda *args: pytest.fail("tried"))
+    train(root, max_epochs=1, model_settings={setting: 1e-9})
 
 
 def test_measures_the_whole_validation_split(root: Path) -> None:
@@ -302,7 +390,15 @@ def test_checkpoints_are_saved_at_the_iterations_asked_for(root: Path, tmp_path:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"hidden_dim": 0}, *({"learning_rate": value} for value in (0.0, -1.0, math.nan, math.inf)), {"init_std": 0.0}],
+    [
+        {"hidden_dim": 0},
+        *({"learning_rate": value} for value in (0.0, -1.0, math.nan, math.inf)),
+        {"init_std": 0.0},
+        {"weight_decay": -0.1},
+        {"weight_decay": math.inf},
+        {"dropout": 1.0},
+        {"label_smoothing": math.nan},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

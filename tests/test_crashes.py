@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DropoutMLP, RunCLI, Start, assert_the_same, everything, newest_run, small
+from conftest import RunCLI, Start, assert_the_same, everything, newest_run, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
-from mnist_lightning import classifier
 from mnist_lightning.callbacks import RunLogger
 from mnist_lightning.checkpoints import CheckpointIO
 from mnist_lightning.classifier import MNISTClassifier
@@ -49,7 +48,19 @@ RUNS = {
         "--checkpoint_every=2",
         "--trainer.check_val_every_n_epoch=2",
     ],
-    "dropout": ["--data.steps_per_execution=4", "--checkpoint_every=1", "--trainer.log_every_n_steps=1"],
+    "dropout": [
+        "--data.steps_per_execution=4",
+        "--checkpoint_every=1",
+        "--trainer.log_every_n_steps=1",
+        "--model.dropout=0.2",
+    ],
+    "distortions": [
+        "--data.steps_per_execution=3",
+        "--checkpoint_every=3",
+        "--data.distortions=true",
+        "--model.learning_rate_schedule=one_cycle",
+        "--model.weight_decay=0.1",
+    ],
     "double_precision": ["--data.steps_per_execution=4", "--checkpoint_every=1", "--trainer.precision=64-true"],
     "max_steps": ["--data.steps_per_execution=5", "--checkpoint_every=5", "--trainer.max_steps=EPOCHS0"],
 }
@@ -75,7 +86,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
 ) -> None:
     settings = [*small(root), *settings_of(name, epochs)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(whole, settings, name == "dropout")
+    process = start(whole, settings)
     process.join()
     assert process.exitcode == 0, (whole / "output.txt").read_text()
 
@@ -83,7 +94,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     died: list[int] = []
     while True:
         resume = ["--ckpt_path=last"] if list(killed.glob("lightning_logs/*/checkpoints/last.ckpt")) else []
-        process = start(killed, [*settings, *resume], name == "dropout")
+        process = start(killed, [*settings, *resume])
         if len(died) < deaths:
             # Uniform over the start, where nothing is saved yet, and over training.
             process.join(random_.uniform(0.3, 3))
@@ -190,8 +201,6 @@ def test_a_run_stopped_at_any_iteration_goes_on_exactly(
     run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, iteration: int
 ) -> None:
     settings = [*settings_of(name, 4), "--test_after_fit=false"]
-    if name == "dropout":
-        monkeypatch.setattr(classifier, "MLP", DropoutMLP)
     assert run_cli("fit", *settings) == 0
     with monkeypatch.context() as patch:
         stop = at_iteration(iteration, lambda: signal.raise_signal(signal.SIGTERM))
@@ -253,7 +262,12 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run_cli: RunCLI, tmp_path: Pa
     assert run_cli("fit", "--trainer.max_epochs=3", "--trainer.log_every_n_steps=2") == 0
     run = tmp_path / "lightning_logs/version_0"
     before = everything(run), (run / "config.yaml").read_text()
-    for setting in ("--data.batch_size=50", "--data.val_size=300", "--trainer.limit_train_batches=5"):
+    for setting in (
+        "--data.batch_size=50",
+        "--data.val_size=300",
+        "--data.distortions=true",
+        "--trainer.limit_train_batches=5",
+    ):
         assert run_cli("fit", "--ckpt_path=last", setting) == 2
         assert (everything(run), (run / "config.yaml").read_text()) == before
 

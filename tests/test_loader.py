@@ -78,3 +78,43 @@ def test_processes_share_each_minibatch(world_size: int, steps: int | None) -> N
 def test_sizes_make_the_mean_over_processes_that_over_the_minibatch() -> None:
     minibatches = Minibatches(torch.arange(N), torch.arange(N), torch.arange(N), 100, rank=1, world_size=3)
     assert minibatches.sizes == [100 / 3] * 10 + [50 / 3]
+
+
+class Jitter:
+    draws = 2
+
+    def __call__(self, inputs: Tensor, noise: Tensor) -> Tensor:
+        return inputs + noise
+
+
+def augmented(number: int = 0, resume_at: int = 0, **kwargs: Any) -> list[Tensor]:
+    """The inputs of an epoch, a tensor of each minibatch."""
+    jittered = loader(shuffle_seed=1, augmentation=Jitter(), **kwargs)
+    jittered.load_state_dict({"done": resume_at, "steps_per_execution": jittered.steps_per_execution})
+    jittered.set_epoch(number)
+    minibatches = [pair for item in jittered for pair in (item if isinstance(item, Minibatches) else [item])]
+    assert all(0 < (inputs - targets[:, None]).abs().max() <= 1 for inputs, targets in minibatches)
+    return [inputs for inputs, _ in minibatches]
+
+
+def test_an_augmentation_gets_other_noise_for_each_example_and_epoch() -> None:
+    epochs = [torch.cat(augmented(number)) for number in (0, 1)]
+    noise = [(inputs - inputs.round())[:, 0] for inputs in epochs]
+    assert len(set(torch.cat(noise).tolist())) > 2 * N * 0.9  # rounded to floats of up to 1,050
+    assert torch.equal(torch.cat(augmented(1)), epochs[1])
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_augmented_inputs_depend_on_seed_epoch_and_minibatch_alone(steps: int) -> None:
+    whole = augmented(2)
+    for a, b in zip(augmented(2, steps_per_execution=steps), whole, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(augmented(2, resume_at=6, steps_per_execution=steps), whole[6:], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_what_is_augmented(world_size: int) -> None:
+    parts = [augmented(steps_per_execution=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for inputs, *shares in zip(augmented(), *parts, strict=True):
+        assert torch.equal(torch.cat(shares), inputs)

@@ -128,7 +128,13 @@ def difference(run: Path, other: Path) -> float:
 def test_a_run_on_several_processes_is_the_run_on_one(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll, world_size: int
 ) -> None:
-    settings = [*small(root), *UNEVEN, "--trainer.precision=64-true", "--trainer.max_epochs=2"]
+    settings = [
+        *small(root),
+        *UNEVEN,
+        "--trainer.precision=64-true",
+        "--trainer.max_epochs=2",
+        "--data.distortions=true",
+    ]
     one, several = tmp_path / "one", tmp_path / "several"
     assert ended([start(one, settings, output="output_0.txt")]) == [0], output(one)
     assert ended(start_all(several, settings, world_size)) == [0] * world_size, output(several)
@@ -146,7 +152,7 @@ def test_a_run_on_several_processes_is_the_run_on_one(
         assert ended(start_all(several, arguments, world_size)) == [0] * world_size, output(several)
         assert output(several) == output(one)
     written = sorted(path.relative_to(one) for path in one.rglob("*") if path.suffix in (".png", ".csv", ".json"))
-    assert len(written) == 2 * 4 + 1 + 2  # figures, predictions, results
+    assert len(written) == 1 + 2 * 4 + 1 + 2  # figures, predictions, results
     for path in written:
         if path.suffix == ".json":
             results, others = (json.loads((directory / path).read_text()) for directory in (one, several))
@@ -180,18 +186,19 @@ def test_minibatches_smaller_than_the_number_of_processes_count_once(
 def test_dropout_differs_between_processes_and_resuming_with_as_many_is_exact(
     tmp_path: Path, root: Path, start_all: StartAll
 ) -> None:
-    settings = [*small(root), "--data.steps_per_execution=3", "--checkpoint_every=3", "--trainer.max_epochs=4"]
+    lists = ["--data.steps_per_execution=3", "--checkpoint_every=3", "--trainer.max_epochs=4"]
+    settings = [*small(root), *lists, "--model.dropout=0.2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert ended(start_all(whole, settings, 2, dropout=True)) == [0, 0], output(whole)
+    assert ended(start_all(whole, settings, 2)) == [0, 0], output(whole)
     states = torch.load(newest_run(whole) / "checkpoints/last.ckpt", weights_only=True)["rng_states"]
     assert not torch.equal(*states)
 
-    runs = start_all(killed, [*settings, "--trainer.max_epochs=400"], 2, dropout=True)
+    runs = start_all(killed, [*settings, "--trainer.max_epochs=400"], 2)
     wait_for(killed, "lightning_logs/*/checkpoints/best.ckpt")
     for process in runs:
         process.kill()
     ended(runs)
-    assert ended(start_all(killed, [*settings, "--ckpt_path=last"], 2, dropout=True)) == [0, 0], output(killed)
+    assert ended(start_all(killed, [*settings, "--ckpt_path=last"], 2)) == [0, 0], output(killed)
     assert_the_same(newest_run(whole), newest_run(killed))
 
 

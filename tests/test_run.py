@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SMALL, RunCLI
+from conftest import SMALL, RunCLI, assert_the_same
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,8 +18,6 @@ from torch import Tensor
 from mnist_lightning import plots
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
-
-SPLIT_METRICS = {f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "acc")}
 
 
 def events(run: Path) -> EventAccumulator:
@@ -61,8 +59,13 @@ def test_a_run_keeps_its_contract(
     assert re.fullmatch(r"Test loss: \d\.\d\d, test accuracy: \d+\.\d%", lines[-3])
     assert lines[-2:] == ["Run: lightning_logs/version_0", "Look at it: tensorboard --logdir lightning_logs"]
 
-    assert set(events(run).Tags()["scalars"]) == SPLIT_METRICS
-    assert steps(run, "train/loss") == steps(run, "train/acc") == [5, 10, 15, 20, 25, 30]
+    assert set(events(run).Tags()["scalars"]) == {
+        *(f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "acc")),
+        *("train/learning_rate", "train/examples_per_second"),
+    }
+    for curve in ("loss", "acc", "learning_rate", "examples_per_second"):
+        assert steps(run, f"train/{curve}") == [5, 10, 15, 20, 25, 30]
+    assert all(event.value == pytest.approx(0.001) for event in events(run).Scalars("train/learning_rate"))
     assert steps(run, "val/loss") == steps(run, "val/acc") == [11, 22, 33]
     assert steps(run, "test/loss") == steps(run, "test/acc") == [33]
     assert events(run).Tags()["graph"]
@@ -309,6 +312,30 @@ def test_a_test_says_what_was_trained_on_what(
     assert steps(run, "test/acc") == [11]
 
 
+def test_a_distorted_run_shows_its_distortions_and_repeats(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ["--data.distortions.rotation=5", "--model.learning_rate_schedule=one_cycle", "--trainer.max_epochs=2"]
+    recipe.append("--trainer.log_every_n_steps=5")
+    assert run_cli("fit", *recipe) == 0
+    assert run_cli("fit", "--config=lightning_logs/version_0/config.yaml", data=False) == 0
+    run, again = (tmp_path / "lightning_logs" / f"version_{i}" for i in (0, 1))
+    assert_the_same(run, again)
+    assert (run / "figures/distortions.png").is_file()
+    (figure,) = events(run).Images("figures/distortions")
+    assert figure.step == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["distortions"]["rotation"] == 5
+    assert config["data"]["distortions"]["elastic"] == 20
+    rates = [event.value for event in events(run).Scalars("train/learning_rate")]
+    assert len(rates) == 4
+    assert max(rates[:2]) > max(rates[2:])
+
+    assert run_cli("fit", *recipe, "--trainer.max_epochs=3", "--ckpt_path=last") == 2
+    error = capsys.readouterr().err
+    assert "the checkpoint's schedule one_cycle stretches over 22 iterations, not 33" in error
+
+
 def test_the_users_progress_bar_replaces_ours(run_cli: RunCLI) -> None:
     assert run_cli("fit", "--trainer.max_epochs=1", "--trainer.callbacks+=TQDMProgressBar") == 0
 
@@ -320,7 +347,9 @@ def test_the_csv_logger_gets_the_same_metrics(run_cli: RunCLI, tmp_path: Path) -
     run = tmp_path / "lightning_logs/version_0"
     with (tmp_path / "csv/lightning_logs/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for tag in SPLIT_METRICS:
+    tags = set(events(run).Tags()["scalars"])
+    assert tags < rows[0].keys()
+    for tag in tags - {"train/examples_per_second"}:
         logged = {int(row["step"]): float(row[tag]) for row in rows if row[tag]}
         assert logged == pytest.approx({event.step: event.value for event in events(run).Scalars(tag)}, rel=1e-4)
 
