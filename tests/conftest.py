@@ -128,10 +128,10 @@ def everything(run: Path) -> dict[str, Any]:
         left[f"{name}: progress"] = checkpoint["global_step"], checkpoint["epoch"], history["train"], history["val"]
     events = EventAccumulator(str(run), {"scalars": 0}).Reload()
     for tag in events.Tags()["scalars"]:
-        curve = [(event.step, event.value) for event in events.Scalars(tag)]
+        is_time = tag == "train/examples_per_second"
+        curve = [(event.step, None if is_time else event.value) for event in events.Scalars(tag)]
         # A run that dies after its test tests again.
         left[tag] = sorted(set(curve)) if tag.startswith("test/") else curve
-    left["train/examples_per_second"] = [iteration for iteration, _ in left["train/examples_per_second"]]
     results = json.loads((run / "results.json").read_text())
     left["results"] = {key: value for key, value in results.items() if key != "train_seconds"}
     return left
