@@ -14,7 +14,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -31,7 +30,7 @@ from mnist_lightning import plots
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
-from mnist_lightning.loader import DeviceLoader, Minibatch, Minibatches
+from mnist_lightning.loader import Minibatch, Minibatches
 from mnist_lightning.model import CLASSES
 from mnist_lightning.processes import gather
 
@@ -72,7 +71,8 @@ class IterationProgressBar(RichProgressBar):
 class Report(Callback):
     """Prints the tutorial's lines, logs what TensorBoard's HParams tab compares, and writes `results.json`.
 
-    The curve `train/examples_per_second` is of the calls of `training_step` alone, without validation and figures.
+    The curve `train/examples_per_second` is of whole calls of `training_step`, without validation and figures; all
+    points of one call have its value.
 
     Keeps the history of the curves as rows `[iteration, loss, accuracy]`; checkpoints carry it along.
     """
@@ -89,7 +89,7 @@ class Report(Callback):
 
     @property
     def train_seconds(self) -> float:
-        """Seconds spent in the fit loop, validation included, also of the runs that this one resumes."""
+        """Seconds spent in the fit loop, validation and its figure included, also of the runs that this one resumes."""
         running = 0 if self._started is None else time.perf_counter() - self._started
         return self._seconds_of_resumed_runs + running
 
@@ -146,7 +146,10 @@ class Report(Callback):
             restart = SessionLog(status=SessionLog.START)
             for writer in _tensorboards(trainer):
                 writer.file_writer.add_event(Event(step=trainer.global_step + 1, session_log=restart))
-        settings = _flatten_dict({**pl_module.hparams, **_data(trainer).hparams})
+        settings = {
+            name: str(value) if isinstance(value, dict) else value
+            for name, value in {**pl_module.hparams, **_data(trainer).hparams}.items()
+        }
         metrics = dict.fromkeys(("test/acc", "test/loss", "val/acc", "val/loss"))
         for writer in _tensorboards(trainer):
             for summary in hparams(settings, metrics):
@@ -223,17 +226,15 @@ class Figures(Callback):
         self._logits: list[Tensor] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loader = trainer.train_dataloader
-        assert isinstance(loader, DeviceLoader)
-        if loader.augmentation is None or trainer.global_step:
+        data = _data(trainer)
+        if data.distortions is None or trainer.global_step or run_directory(trainer) is None:
             return
-        images = _data(trainer).train[0][:6]
+        images = data.train[0][:6]
         copies = images.repeat_interleave(9, dim=0)
-        noise = torch.empty(len(copies), loader.augmentation.draws)
-        noise.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
-        figure = plots.distorted_digits(
-            images, loader.augmentation(copies, noise).reshape(len(images), 9, -1), _data(trainer).dataset_name
-        )
+        noise = torch.empty(len(copies), data.distortions.draws)
+        noise.uniform_(-1, 1, generator=torch.Generator().manual_seed(data.seed))
+        distorted = data.distortions(copies, noise).reshape(len(images), 9, -1)
+        figure = plots.distorted_digits(images, distorted, f"{data.dataset_name}: training digits")
         self._save({"distortions": figure}, trainer, pl_module)
 
     def on_test_batch_end(

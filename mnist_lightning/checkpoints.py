@@ -88,12 +88,16 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with torch.device("meta"):  # for the shapes, without the memory
             network = MNISTClassifier(**checkpoint["hyper_parameters"])
+        # With the defaults of settings that are newer than the checkpoint.
+        checkpoint["hyper_parameters"] = dict(network.hparams)
         expected, shapes = (
             {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in state.items()}
             for state in (network.state_dict(), checkpoint["state_dict"])
         )
         if not all(isinstance(count, int) for count in progress(checkpoint)):
             raise TypeError("epochs and iterations must be whole numbers")
+        if not all(isinstance(schedule["total_steps"], int) for schedule in checkpoint.get("lr_schedulers", [])):
+            raise TypeError("the iterations of a schedule must be a whole number")
         NAMES[checkpoint["datamodule_hyper_parameters"]["dataset"]]
         finite = all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
         if shapes == expected:

@@ -23,7 +23,9 @@ CHECK_LOSSES_EVERY = 100
 
 
 class MNISTClassifier(pl.LightningModule):
-    """An `MLP` trained with the mean softmax cross-entropy and Adam (betas 0.9 and 0.999, eps 1e-8).
+    """An `MLP` trained with the mean softmax cross-entropy and AdamW (betas 0.9 and 0.999, eps 1e-8).
+
+    By default AdamW is Adam, the tutorial's: without weight decay they are the same.
 
     Metrics: `train/loss`, `train/acc`, `train/learning_rate` every `Trainer(log_every_n_steps)` iterations; `val/*`,
     `test/*` over the whole split. Losses are means in nats, accuracies lie in [0, 1], and the x-axis of every curve is
@@ -32,16 +34,16 @@ class MNISTClassifier(pl.LightningModule):
     Args:
         hidden_dim: Number of hidden ReLU units, at least 1.
         learning_rate: Adam's step size, above 0; its peak where a schedule changes it.
-        learning_rate_schedule: `one_cycle` rises from a 25th of `learning_rate` to all of it in the first 30% of the
-            iterations and falls to nearly 0 at the last one, along cosines (Smith and Topin 2017, by PyTorch's
-            `OneCycleLR`).
+        learning_rate_schedule: `constant`, or `one_cycle`, which rises from a 25th of `learning_rate` to all of it in
+            the first 30% of the iterations and falls to nearly 0 at the last one, along cosines (Smith and Topin 2017,
+            by PyTorch's `OneCycleLR`). It is made for `max_epochs` or `max_steps`, and is not resumed with others.
         weight_decay: Before each iteration weights and biases shrink by the learning rate times this, 0 or above
             (AdamW, Loshchilov and Hutter 2017).
         dropout: In training, the probability that a hidden unit is left out, from 0 up to 1.
         label_smoothing: Share of each label that is spread evenly over the ten digits in `train/loss`, from 0 up to 1.
         init_std: Standard deviation of the initial weights before they are cut at two of it, above 0.
         fused_step: On a CPU, do optimizer steps without autograd where nothing hooks into them: the same numbers in two
-            thirds of the time.
+            thirds of the time. Not with dropout or label smoothing.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -91,25 +93,35 @@ class MNISTClassifier(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
         )
+        return [optimizer], self._schedules(optimizer)
+
+    def _schedules(self, optimizer: torch.optim.Optimizer) -> list[OneCycleLR]:
         if self.learning_rate_schedule == "constant":
-            return optimizer
-        return [optimizer], [
-            OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=self._iterations(), cycle_momentum=False)
-        ]
+            return []
+        return [OneCycleLR(optimizer, self.learning_rate, total_steps=self._iterations(), cycle_momentum=False)]
 
     def _iterations(self) -> int:
         """Iterations of the whole fit, over which a schedule stretches."""
         trainer = self.trainer
-        epochs, data = trainer.max_epochs or -1, trainer.datamodule  # type: ignore[attr-defined]
-        limits = [limit for limit in (epochs * data.iterations_per_epoch, trainer.max_steps) if limit >= 0]
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        in_epochs = epochs * trainer.datamodule.iterations_per_epoch  # type: ignore[attr-defined]
+        limits = [limit for limit in (in_epochs, trainer.max_steps) if limit >= 0]
         if not limits:
             raise MisconfigurationException(
                 f"the schedule {self.learning_rate_schedule} needs an end: give max_epochs or max_steps"
             )
-        return min(limits)
+        return max(1, min(limits))
 
     def setup(self, stage: str) -> None:
-        """Take on the Trainer's precision: Lightning would first load a checkpoint's weights into float32 ones."""
+        """Take on the Trainer's precision: Lightning would first load a checkpoint's weights into float32 ones.
+
+        Raises:
+            TypeError: The Trainer is to train and has no data module.
+        """
+        if stage == "fit" and self.trainer.datamodule is None:  # type: ignore[attr-defined]
+            raise TypeError(
+                "train with `Trainer.fit(model, datamodule=MNISTDataModule())`: one batch is many minibatches"
+            )
         self.trainer.precision_plugin.convert_module(self)
         self.example_input_array = torch.zeros(1, PIXELS).to(self.dtype)  # for TensorBoard's graph
 
@@ -119,16 +131,7 @@ class MNISTClassifier(pl.LightningModule):
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def on_train_start(self) -> None:
-        """Decide anew for each fit whether its steps can be fused.
-
-        Raises:
-            TypeError: The Trainer has no data module.
-        """
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is None:
-            raise TypeError(
-                "train with `Trainer.fit(model, datamodule=MNISTDataModule())`: one batch is many minibatches"
-            )
+        """Decide anew for each fit whether its steps can be fused."""
         self._fused: FusedStep | None = None
         self._try_fused = self.fused_step and can_fuse(self)
 
@@ -136,17 +139,27 @@ class MNISTClassifier(pl.LightningModule):
         """Remember how long the weights were trained, for the x-axis of their test.
 
         Raises:
-            MisconfigurationException: A schedule is resumed that was made for another number of iterations.
+            MisconfigurationException: The checkpoint's schedule is not this fit's.
         """
         self._loaded_iteration = checkpoint["global_step"]
-        if self.learning_rate_schedule != "constant" and self.trainer.state.fn == TrainerFn.FITTING:
-            (schedule,) = checkpoint["lr_schedulers"]
-            if schedule["total_steps"] != self._iterations():
-                raise MisconfigurationException(
-                    f"the checkpoint's schedule {self.learning_rate_schedule} stretches over "
-                    f"{schedule['total_steps']:,} iterations, not {self._iterations():,}; give the same max_epochs "
-                    "and max_steps to resume it"
-                )
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        schedules = self._schedules(torch.optim.AdamW(self.parameters()))
+        lengths = [schedule.total_steps for schedule in schedules]
+        trained_with = [schedule["total_steps"] for schedule in checkpoint.get("lr_schedulers", [])]
+        if trained_with != lengths:
+            ours, theirs = (
+                ", ".join(f"{n:,} iterations" for n in total) or "none" for total in (lengths, trained_with)
+            )
+            raise MisconfigurationException(
+                f"the schedule of the learning rate is for {ours}, that of the checkpoint for {theirs}; give the same "
+                "learning_rate_schedule, max_epochs and max_steps to resume it"
+            )
+        # The iteration says all there is to know, and PyTorch would take over whatever attributes a stranger's names.
+        checkpoint["lr_schedulers"] = [
+            schedule.state_dict() | {"last_epoch": self._loaded_iteration, "_step_count": self._loaded_iteration + 1}
+            for schedule in schedules
+        ]
 
     @property
     def iteration(self) -> int:
@@ -176,8 +189,9 @@ class MNISTClassifier(pl.LightningModule):
             if log_every and iteration % log_every == 0:
                 measured[iteration] = torch.stack([loss, _correct(logits, labels).sum() / size])
                 rates[iteration] = optimizer.param_groups[0]["lr"]
-            if isinstance(schedule, LRScheduler):
-                schedule.step()
+            if schedule is not None:
+                assert isinstance(schedule, LRScheduler)
+                schedule.step()  # which Lightning does only under automatic optimization
             if len(losses) == CHECK_LOSSES_EVERY or iteration == last:
                 _check_finite(self._over_processes(torch.stack(losses)), iteration)
                 losses = []
@@ -187,8 +201,8 @@ class MNISTClassifier(pl.LightningModule):
         values = self._over_processes(torch.stack(list(measured.values()))).tolist() if measured else []
         points = [(iteration, *pair) for iteration, pair in zip(measured, values, strict=True)]
         for iteration, loss, acc in points:
-            curves = {"train/loss": loss, "train/acc": acc, "train/learning_rate": rates[iteration]}
-            self._log_curves(curves, iteration)
+            curves = {"train/loss": loss, "train/acc": acc}
+            self._log_curves(curves | {"train/learning_rate": rates[iteration]}, iteration)
             # For the progress bar and for callbacks that monitor them.
             self.log_dict(curves, logger=False, prog_bar=True)
         return {"points": points}

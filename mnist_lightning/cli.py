@@ -68,9 +68,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
-        message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
-        message = re.sub(r"(?s)Does not validate.*?Errors:.*Given value: ", "This value is not allowed: ", message)
-        if unknown := re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+')([\w.-]+)", message):
+        message = _shorter(message)
+        unknown = re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+'|^option ')([\w.-]+)", message)
+        if unknown:
             nearest = difflib.get_close_matches(unknown[1], _known_keys(self), n=1)
             message = f"there is no setting {unknown[1]}" + (f"; did you mean {nearest[0]}?" if nearest else "")
         raise UsageError(message) from ex
@@ -86,6 +86,22 @@ class Parser(LightningArgumentParser):
             if cause is not None and (mark := cause.problem_mark):
                 error = UsageError(f"line {mark.line + 1}, column {mark.column + 1}: {cause.problem}")
             raise UsageError(f"{path}: {error}") from error
+
+
+def _shorter(message: str) -> str:
+    """One of jsonargparse's errors, with types as people write them, and but one of the errors of a union's types."""
+
+    def choose(union: re.Match[str]) -> str:
+        errors, bullet, value = union.groups()
+        *_, last = errors.split(bullet)  # of a group of settings, if it may be one
+        is_type = last.startswith(("Expected", "Not a valid"))
+        return f"This value is not allowed: {value}" if is_type else last
+
+    message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
+    message = re.sub(r"- Expected a path but .*\n\s*- ", "", message)
+    return re.sub(
+        r"(?s)Does not validate.*?Errors:((\n *- ).*?)\s*Given value type:.*?Given value: (.*)", choose, message
+    )
 
 
 def _known_keys(parser: ArgumentParser) -> Iterator[str]:
@@ -210,7 +226,7 @@ class CLI(LightningCLI):
         super()._parse_ckpt_path()
         if command == "fit" and config.data.dataset == "auto":
             self.config.fit.data.dataset = checkpoint["datamodule_hyper_parameters"]["dataset"]
-        for name, value in self.config[command].model.items():
+        for name, value in checkpoint["hyper_parameters"].items():
             # A default was asked for by nobody, unless it stands in the run's own config.
             default = value if self._run else self._parser(command).get_default(f"model.{name}")
             if config.model[name] not in (value, default):
@@ -221,7 +237,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(_shorter(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the logger, the callbacks and the progress bar, where the user has not chosen otherwise."""
@@ -333,7 +349,7 @@ def _data(arguments: list[str]) -> None:
     try:
         data = parser.instantiate_classes(config).data
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_shorter(str(error))) from error
     for stage in ("fit", "test"):
         data.setup(stage)
     print(f"Dataset: {data.dataset_name}")

@@ -41,8 +41,8 @@ class MNISTDataModule(pl.LightningDataModule):
             to see every minibatch.
         val_size: Images held out for validation, 1 to 59,999.
         seed: Seed of the shuffling, 0 or above. An epoch's order depends on it and on the epoch's number alone.
-        distortions: Distort each training image anew in each epoch: true, or how much. Not with
-            `Trainer(overfit_batches)`. Images that are validated, tested and predicted stay as they are.
+        distortions: Distort each training image anew in each epoch: true, or how much by `rotation`, `scale`, `shear`,
+            `shift`, `elastic` and `smoothness`. Images that are validated, tested and predicted stay as they are.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -73,6 +73,8 @@ class MNISTDataModule(pl.LightningDataModule):
         self.steps_per_execution = steps_per_execution
         self.val_size = val_size
         self.seed = seed
+        if isinstance(distortions, dict):  # a checkpoint's, by `load_from_checkpoint`
+            distortions = Distortions(**distortions)
         self.distortions = Distortions() if distortions is True else distortions or None
         self._steps_per_execution = steps_per_execution
         self._raw = Path()
@@ -156,19 +158,19 @@ class MNISTDataModule(pl.LightningDataModule):
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         for name, value in self.state_dict().items():
-            if state_dict.get(name) != value:
+            trained_with = state_dict.get(name, False if name == "distortions" else None)  # older ones have none
+            if trained_with != value:
                 raise MisconfigurationException(
-                    f"data.{name} is {value}, but the checkpoint was trained with {state_dict.get(name)}; "
+                    f"data.{name} is {value}, but the checkpoint was trained with {trained_with}; "
                     "give the same to resume it"
                 )
 
     def train_dataloader(self) -> DeviceLoader:
         """Freshly shuffled lists of minibatches; with `Trainer(overfit_batches)`, the first ones of the split."""
-        overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
         return self._loader(
             self.train,
-            shuffle_seed=None if overfit else self.seed,
-            augmentation=None if overfit else self.distortions,
+            shuffle_seed=None if self.trainer and self.trainer.overfit_batches else self.seed,  # type: ignore[attr-defined]
+            augmentation=self.distortions,
             steps_per_execution=self._steps_per_execution,
             limit=self.iterations_per_epoch,
         )
@@ -218,6 +220,10 @@ class MNISTDataModule(pl.LightningDataModule):
         """
         limit, interval, steps = trainer.limit_train_batches, trainer.val_check_interval, self.steps_per_execution
         iterations = min(available, int(limit * available) if isinstance(limit, float) else limit)
+        if trainer.overfit_batches and self.distortions:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "overfit_batches is to learn a few minibatches by heart, which data.distortions would change; drop one"
+            )
         if limit == 0:
             return iterations, interval, steps
         if iterations == 0:

@@ -29,7 +29,8 @@ HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_b
 def can_fuse(module: pl.LightningModule) -> bool:
     """Whether nothing but the step itself is asked for: one process on a CPU, full precision, no hook inside the step.
 
-    Hooks on single layers and tensors are not looked for.
+    Dropout and label smoothing are looked for, since a trial could miss very small ones; hooks on single layers and
+    tensors are not.
     """
     trainer = module.trainer
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -37,7 +38,7 @@ def can_fuse(module: pl.LightningModule) -> bool:
         module.device.type == "cpu"
         and trainer.world_size == 1
         and type(trainer.precision_plugin) in (Precision, DoublePrecision)
-        and not (module.hparams["dropout"] or module.hparams["label_smoothing"])
+        and not any(module.hparams.get(name) for name in ("dropout", "label_smoothing"))
         and all(parameter.requires_grad for parameter in module.parameters())
         and not torch.is_anomaly_enabled()
         and not any(is_overridden(hook, module, pl.LightningModule) for hook in (*HOOKS, "optimizer_step"))

@@ -1,6 +1,6 @@
 """Minibatches out of tensors that already sit on the device, in place of PyTorch's `DataLoader`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 from typing import Protocol
 
@@ -13,7 +13,7 @@ Minibatch = tuple[Tensor, Tensor]
 
 
 class Augmentation(Protocol):
-    """Makes new training inputs out of old ones, each with random numbers of its own."""
+    """Makes new training inputs out of old ones, each with random numbers of its own, as `Distortions` does."""
 
     draws: int
     """Random numbers that an example takes."""
@@ -36,7 +36,7 @@ class Minibatches:
         rank: Of several processes, this one: the parts of a minibatch that they take are in the order of their ranks.
         world_size: Number of processes that share each minibatch, equally or to within one example.
         augmentation: Applied to the inputs.
-        seeds: For each minibatch, the seed of its augmentation.
+        seeds: With an augmentation, the seed of each minibatch's random numbers.
 
     Attributes:
         sizes: For each minibatch, its number of examples divided by the number of processes. Divide the sum over a
@@ -61,7 +61,7 @@ class Minibatches:
         minibatches = order.split(batch_size)
         self.sizes = [len(index) / world_size for index in minibatches]
         self.indices = [index.tensor_split(world_size)[rank] for index in minibatches]
-        self._draws = list(zip(seeds, map(len, minibatches), strict=False))
+        self._seeds, self._lengths = seeds, list(map(len, minibatches))
         self._rank, self._world_size = rank, world_size
 
     def __len__(self) -> int:
@@ -70,19 +70,19 @@ class Minibatches:
 
     def __iter__(self) -> Iterator[Minibatch]:
         """Yield `(inputs, targets)`, a minibatch at a time."""
-        augmented = None if self.augmentation is None else self._augmented(self.augmentation)
-        for number, index in enumerate(self.indices):
-            inputs = augmented[number] if augmented else self.inputs.index_select(0, index)
+        for inputs, index in zip(self._inputs(), self.indices, strict=True):
             yield inputs, self.targets.index_select(0, index)
 
-    def _augmented(self, augmentation: Augmentation) -> tuple[Tensor, ...]:
+    def _inputs(self) -> Iterable[Tensor]:
+        if self.augmentation is None:
+            return (self.inputs.index_select(0, index) for index in self.indices)
         noise = []
-        for seed, size in self._draws:
-            # Of the whole minibatch, so that several processes see what one would.
-            whole = torch.empty(size, augmentation.draws, dtype=torch.float32, device=self.inputs.device)
-            whole.uniform_(-1, 1, generator=torch.Generator(whole.device).manual_seed(seed))
-            noise.append(whole.tensor_split(self._world_size)[self._rank])
-        inputs = augmentation(self.inputs.index_select(0, torch.cat(self.indices)), torch.cat(noise))
+        for seed, length in zip(self._seeds, self._lengths, strict=True):
+            # For the whole minibatch, so that several processes see what one would.
+            numbers = torch.empty(length, self.augmentation.draws, dtype=torch.float32, device=self.inputs.device)
+            numbers.uniform_(-1, 1, generator=torch.Generator(numbers.device).manual_seed(seed))
+            noise.append(numbers.tensor_split(self._world_size)[self._rank])
+        inputs = self.augmentation(self.inputs.index_select(0, torch.cat(self.indices)), torch.cat(noise))
         augmented: tuple[Tensor, ...] = inputs.split(list(map(len, self.indices)))
         return augmented
 
@@ -101,11 +101,14 @@ class DeviceLoader:
         steps_per_execution: Hand out so many `Minibatches` at once instead of single ones, for a `training_step` that
             runs an optimizer step for each. The minibatches and their order stay the same.
         limit: End each epoch after so many minibatches.
-        augmentation: Applied to the shuffled inputs of training, from random numbers that depend on the seed, the
-            epoch's number and the minibatch alone (and on the kind of device).
+        augmentation: Applied to the inputs, with random numbers that depend on `shuffle_seed`, the epoch's number and
+            the minibatch alone (and on the model of device).
         rank: Of several processes, this one.
         world_size: Number of processes. Each hands out its part of every minibatch, which may be empty where a
             minibatch has fewer examples than there are processes.
+
+    Raises:
+        ValueError: An augmentation without `shuffle_seed`.
     """
 
     def __init__(
@@ -121,6 +124,8 @@ class DeviceLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if augmentation and shuffle_seed is None:
+            raise ValueError("an augmentation needs shuffle_seed")
         self.inputs = inputs
         self.targets = targets
         self.batch_size = batch_size
@@ -174,7 +179,8 @@ class DeviceLoader:
             order = torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(shuffle))
         self._done, self._resume_at = self._resume_at, 0
         order = order[self._done * self.batch_size : self.minibatches * self.batch_size].to(self.targets.device)
-        for indices in order.split(self.batch_size * (self.steps_per_execution or 1)):
+        steps = self.steps_per_execution or 1
+        for indices in order.split(self.batch_size * steps):
             minibatches = Minibatches(
                 self.inputs,
                 self.targets,
@@ -183,7 +189,7 @@ class DeviceLoader:
                 self.rank,
                 self.world_size,
                 self.augmentation,
-                seeds[self._done :],
+                seeds[self._done : self._done + steps],
             )
             self._done += len(minibatches)
             yield minibatches if self.steps_per_execution else next(iter(minibatches))

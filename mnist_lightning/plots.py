@@ -30,17 +30,17 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
     return figure
 
 
-def distorted_digits(images: Tensor, copies: Tensor, dataset: str) -> Figure:
+def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:
     """Draw digits beside their distorted copies, a row for each.
 
     Args:
         images: (N, 784) pixels in [0, 1].
         copies: (N, C, 784) pixels in [0, 1].
-        dataset: What the digits are of, for the title of the figure.
+        heading: Title of the whole figure.
     """
     rows, columns = copies.shape[:2]
-    figure = Figure(figsize=(0.62 * (columns + 1.2), 0.62 * rows + 0.9), layout="constrained")
-    figure.suptitle(f"{dataset}: training digits")
+    figure = Figure(figsize=(0.62 * (columns + 1.2), 0.62 * rows + 0.7), layout="constrained")
+    figure.suptitle(heading)
     pictures = {"original": images[:, None], "each epoch another distortion": copies}
     for axes, (title, picture) in zip(figure.subplots(1, 2, width_ratios=(1, columns)), pictures.items(), strict=True):
         tiles = picture.reshape(rows, -1, 28, 28).transpose(1, 2).flatten(2).flatten(0, 1)

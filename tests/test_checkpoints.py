@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunCLI
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from mnist_lightning.checkpoints import CheckpointError, CheckpointIO, read
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.distortions import Distortions
 
 
 class MakesAFile:
@@ -92,6 +94,8 @@ def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
         (lambda c: {**c, "global_step": "many"}, "not of this program: .*whole numbers"),
         (lambda c: {**c, "datamodule_hyper_parameters": {}}, "not of this program: .*dataset"),
         (lambda c: {**c, "optimizer_states": [{}]}, "not of this program: .*param_groups"),
+        (lambda c: {**c, "lr_schedulers": [{}]}, "not of this program: .*total_steps"),
+        (lambda c: {**c, "lr_schedulers": [{"total_steps": "x"}]}, "not of this program: .*whole number"),
         (
             lambda c: {**c, "state_dict": {key: value * math.nan for key, value in c["state_dict"].items()}},
             "refused: expected weights that are finite numbers",
@@ -156,3 +160,30 @@ def test_a_flipped_bit_never_changes_what_is_read(checkpoint: dict[str, Any], tm
             damaged -= 1
         damaged += 1
     assert damaged > 500
+
+
+def test_a_checkpoint_older_than_a_setting_had_its_default(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
+    checkpoint = read(Path("lightning_logs/version_0/checkpoints/last.ckpt"))
+    for name in ("dropout", "label_smoothing", "weight_decay", "learning_rate_schedule"):
+        del checkpoint["hyper_parameters"][name]
+    for name in ("datamodule_hyper_parameters", "MNISTDataModule"):
+        del checkpoint[name]["distortions"]
+    torch.save(checkpoint, "old.ckpt")
+    capsys.readouterr()
+    assert run_cli("fit", "--ckpt_path=old.ckpt", "--model.weight_decay=0.1") == 2
+    assert "model.weight_decay is 0.1, but the checkpoint was trained with 0" in capsys.readouterr().err
+    assert run_cli("fit", "--ckpt_path=old.ckpt", "--data.distortions=true", "--trainer.max_epochs=2") == 2
+    assert run_cli("fit", "--ckpt_path=old.ckpt", "--trainer.max_epochs=2") == 0
+
+
+def test_a_recipes_checkpoint_loads_without_a_trainer_and_is_no_other_recipes(run_cli: RunCLI, root: Path) -> None:
+    recipe = ["--model.learning_rate_schedule=one_cycle", "--data.distortions.shift=1"]
+    assert run_cli("fit", *recipe, "--trainer.max_epochs=2", "--test_after_fit=false") == 0
+    checkpoint = "lightning_logs/version_0/checkpoints/last.ckpt"
+    assert MNISTClassifier.load_from_checkpoint(checkpoint).learning_rate_schedule == "one_cycle"
+    data = MNISTDataModule.load_from_checkpoint(checkpoint, root=str(root))
+    assert data.distortions == Distortions(shift=1)
+    trainer = Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False)
+    with pytest.raises(MisconfigurationException, match="is for none, that of the checkpoint for 22 iterations"):
+        trainer.fit(MNISTClassifier(), datamodule=data, ckpt_path=checkpoint)

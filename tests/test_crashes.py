@@ -211,6 +211,24 @@ def test_a_run_stopped_at_any_iteration_goes_on_exactly(
     assert_the_same(runs / "version_0", runs / "version_1")
 
 
+def test_a_schedule_goes_on_by_the_iteration_whatever_else_a_checkpoint_says_of_it(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*settings_of("distortions", 4), "--test_after_fit=false"]
+    assert run_cli("fit", *settings) == 0
+    with monkeypatch.context() as patch:
+        stop = at_iteration(12, lambda: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(MNISTClassifier, "_fused_or_step", stop)
+        assert run_cli("fit", *settings) == 128 + signal.SIGTERM
+    path = tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (schedule,) = checkpoint["lr_schedulers"]
+    schedule |= {"last_epoch": 0, "step": 5, "_schedule_phases": []}
+    torch.save(checkpoint, path)
+    assert run_cli("fit", *settings, "--ckpt_path=last") == 0
+    assert_the_same(tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1")
+
+
 def test_a_run_stopped_in_the_last_iteration_of_an_epoch_still_ends_the_epoch(
     run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

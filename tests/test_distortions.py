@@ -94,9 +94,12 @@ def test_images_do_not_depend_on_those_beside_them(images: Tensor, size: int) ->
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions_are_distorted_alike(images: Tensor, dtype: torch.dtype) -> None:
+    expected = Distortions()(images, uniform(20))
     distorted = Distortions()(images.to(dtype), uniform(20))
     assert distorted.dtype == dtype
-    torch.testing.assert_close(distorted.float(), Distortions()(images, uniform(20)), rtol=0, atol=1e-2)
+    torch.testing.assert_close(distorted.float(), expected, rtol=0, atol=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Distortions()(images, uniform(20)), expected)
 
 
 def test_no_images_are_no_error() -> None:

@@ -333,7 +333,7 @@ def test_a_distorted_run_shows_its_distortions_and_repeats(
 
     assert run_cli("fit", *recipe, "--trainer.max_epochs=3", "--ckpt_path=last") == 2
     error = capsys.readouterr().err
-    assert "the checkpoint's schedule one_cycle stretches over 22 iterations, not 33" in error
+    assert "is for 33 iterations, that of the checkpoint for 22 iterations; give the same" in error
 
 
 def test_the_users_progress_bar_replaces_ours(run_cli: RunCLI) -> None:
