@@ -229,7 +229,7 @@ class Figures(Callback):
         data = _data(trainer)
         if data.distortions is None or trainer.global_step or run_directory(trainer) is None:
             return
-        images = data.train[0][:6]
+        images = data.train[0][:5]
         copies = images.repeat_interleave(9, dim=0)
         noise = torch.empty(len(copies), data.distortions.draws)
         noise.uniform_(-1, 1, generator=torch.Generator().manual_seed(data.seed))
