@@ -30,7 +30,7 @@ from mnist_lightning import plots
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
-from mnist_lightning.loader import Minibatch, Minibatches
+from mnist_lightning.loader import Minibatch, Minibatches, uniform_noise
 from mnist_lightning.model import CLASSES
 from mnist_lightning.processes import gather
 
@@ -89,7 +89,7 @@ class Report(Callback):
 
     @property
     def train_seconds(self) -> float:
-        """Seconds spent in the fit loop, validation and its figure included, also of the runs that this one resumes."""
+        """Seconds spent in the fit loop, with validation and the figure of distortions, also of the runs resumed."""
         running = 0 if self._started is None else time.perf_counter() - self._started
         return self._seconds_of_resumed_runs + running
 
@@ -231,8 +231,7 @@ class Figures(Callback):
             return
         images = data.train[0][:5]
         copies = images.repeat_interleave(9, dim=0)
-        noise = torch.empty(len(copies), data.distortions.draws)
-        noise.uniform_(-1, 1, generator=torch.Generator().manual_seed(data.seed))
+        noise = uniform_noise(len(copies), data.distortions.draws, data.seed)
         distorted = data.distortions(copies, noise).reshape(len(images), 9, -1)
         figure = plots.distorted_digits(images, distorted, f"{data.dataset_name}: training digits")
         self._save({"distortions": figure}, trainer, pl_module)

@@ -22,6 +22,13 @@ class Augmentation(Protocol):
         """Map inputs, (B, ...), and uniform random numbers in [-1, 1), (B, `draws`), to new inputs, (B, ...)."""
 
 
+def uniform_noise(length: int, draws: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw what an augmentation takes for so many examples: (`length`, `draws`) float32 in [-1, 1)."""
+    # Always in float32, so that a run in another precision draws the same.
+    noise = torch.empty(length, draws, dtype=torch.float32, device=device)
+    return noise.uniform_(-1, 1, generator=torch.Generator(device).manual_seed(seed))
+
+
 class Minibatches:
     """Several minibatches as one Lightning batch.
 
@@ -79,8 +86,7 @@ class Minibatches:
         noise = []
         for seed, length in zip(self._seeds, self._lengths, strict=True):
             # For the whole minibatch, so that several processes see what one would.
-            numbers = torch.empty(length, self.augmentation.draws, dtype=torch.float32, device=self.inputs.device)
-            numbers.uniform_(-1, 1, generator=torch.Generator(numbers.device).manual_seed(seed))
+            numbers = uniform_noise(length, self.augmentation.draws, seed, self.inputs.device)
             noise.append(numbers.tensor_split(self._world_size)[self._rank])
         inputs = self.augmentation(self.inputs.index_select(0, torch.cat(self.indices)), torch.cat(noise))
         augmented: tuple[Tensor, ...] = inputs.split(list(map(len, self.indices)))

@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from mnist_lightning import plots
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.distortions import Distortions
-from mnist_lightning.loader import Minibatches
+from mnist_lightning.loader import Minibatches, uniform_noise
 
 NONE = {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0, "elastic": 0.0}
 
@@ -25,7 +25,7 @@ def noise(images: Tensor, *affine: float) -> Tensor:
 
 
 def uniform(count: int, seed: int = 0) -> Tensor:
-    return torch.empty(count, Distortions.draws).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
+    return uniform_noise(count, Distortions.draws, seed)
 
 
 @pytest.fixture(scope="module")
