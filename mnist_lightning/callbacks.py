@@ -6,10 +6,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,19 +20,28 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
+from PIL.Image import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from mnist_lightning import plots
+from mnist_lightning import pictures, plots
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
 from mnist_lightning.loader import Minibatch, Minibatches, uniform_noise
 from mnist_lightning.model import CLASSES
+from mnist_lightning.pictures import Array, PictureError
 from mnist_lightning.processes import gather
+
+# More would be no overview; all are in predictions.csv.
+PICTURES_LISTED, PICTURES_DRAWN = 100, 24
 
 
 class IterationProgressBar(RichProgressBar):
@@ -234,7 +243,7 @@ class Figures(Callback):
         noise = uniform_noise(len(copies), data.distortions.draws, data.seed)
         distorted = data.distortions(copies, noise).reshape(len(images), 9, -1)
         figure = plots.distorted_digits(images, distorted, f"{data.dataset_name}: training digits")
-        self._save({"distortions": figure}, trainer, pl_module)
+        _save({"distortions": figure}, trainer, pl_module)
 
     def on_test_batch_end(
         self,
@@ -280,21 +289,13 @@ class Figures(Callback):
         if report and report.train:
             train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (report.train, report.val))
             figures["training_curves"] = plots.training_curves(train, val, f"{data}: training curves")
-        self._save(figures, trainer, pl_module)
-
-    def _save(self, figures: dict[str, Figure], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = run_directory(trainer)
-        if folder is None:
-            return
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, figure in figures.items():
-            figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
-            for writer in _tensorboards(trainer):
-                writer.add_figure(f"figures/{name}", figure, _iteration(pl_module))
+        _save(figures, trainer, pl_module)
 
 
 class PredictionWriter(Callback):
     """Writes `predictions.csv`: for each image its number, the digit read, and that digit's probability."""
+
+    header: ClassVar = ["image", "digit", "probability"]
 
     def __init__(self) -> None:
         self._probabilities: list[Tensor] = []
@@ -312,16 +313,72 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = run_directory(trainer)
+        probabilities = torch.cat(self._probabilities).cpu().float()
+        self._probabilities = []
         if folder is None:
             return
-        probabilities, digits = torch.cat(self._probabilities).max(dim=1)
-        self._probabilities = []
+        rows = self.rows(probabilities, trainer, pl_module)
         with (folder / "predictions.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "digit", "probability"])
-            for image, (digit, probability) in enumerate(zip(digits.tolist(), probabilities.tolist(), strict=True)):
-                writer.writerow([image, digit, f"{probability:.4f}"])
-        say(f"Predicted {len(digits):,} digits")
+            csv.writer(file).writerows([self.header, *rows])
+
+    def rows(self, probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[list[Any]]:
+        """The rows of the file from (N, 10) probabilities."""
+        say(f"Predicted {len(probabilities):,} digits")
+        best, digits = (column.tolist() for column in probabilities.max(dim=1))
+        return [[image, digit, f"{p:.4f}"] for image, (digit, p) in enumerate(zip(digits, best, strict=True))]
+
+
+class PictureReport(PredictionWriter):
+    """Says what was read in which picture: on the console, in `predictions.csv`, and in a figure of the first ones.
+
+    The figure has each picture as given, as the network saw it, and the probabilities of the ten digits.
+    """
+
+    header: ClassVar = ["file", "digit", "probability", "runner_up", "runner_up_probability"]
+
+    def rows(self, probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[list[Any]]:
+        rows: list[list[Any]] = []
+        drawn: list[tuple[Image, Array | None, Array, str]] = []
+        best, digits = (pair.tolist() for pair in probabilities.topk(2))
+        for (file, reading), (p, q), (first, second), row in zip(
+            _data(trainer).readings.items(), best, digits, probabilities, strict=True
+        ):
+            if isinstance(reading, PictureError):
+                print(printable(f"Skipped: {file} {reading}"), file=sys.stderr)
+                continue
+            if reading is None:
+                rows.append([file, "blank", "", "", ""])
+            else:
+                rows.append([file, first, f"{p:.4f}", second, f"{q:.4f}"])
+            if len(drawn) < PICTURES_DRAWN:
+                picture = pictures.load(file)
+                picture.thumbnail((160, 160))
+                drawn.append((picture, reading, row.numpy(), printable(file.name)))
+        say(_table(rows))
+        if drawn:
+            heading = (
+                f"{len(rows):,} pictures"
+                if len(rows) == len(drawn)
+                else f"the first {len(drawn)} of {len(rows):,} pictures"
+            )
+            _save({"pictures": plots.pictures_read(drawn, heading)}, trainer, pl_module)
+        return rows
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> str:
+    table = Table("Picture", box=box.SIMPLE_HEAD)
+    for heading in ("Digit", "Probability", "Runner-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for file, digit, p, second, q in rows[:PICTURES_LISTED]:
+        numbers = (
+            ("blank", "", "") if digit == "blank" else (str(digit), f"{float(p):.1%}", f"{second} ({float(q):.1%})")
+        )
+        table.add_row(Text(printable(str(file)), overflow="fold"), *numbers)
+    console = Console()
+    with console.capture() as text:
+        console.print(table)
+    more = len(rows) - PICTURES_LISTED
+    return text.get().rstrip() + (f"\nand {more:,} more in predictions.csv" if more > 0 else "")
 
 
 class RunLogger(TensorBoardLogger):
@@ -370,6 +427,23 @@ def run_directory(trainer: pl.Trainer) -> Path | None:
 def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
     """Epochs and iterations that the run of a checkpoint has behind it."""
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
+
+
+def _save(figures: dict[str, Figure], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Save figures in the run's directory and to TensorBoard, in the first process."""
+    folder = run_directory(trainer)
+    if folder is None:
+        return
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
+        for writer in _tensorboards(trainer):
+            writer.add_figure(f"figures/{name}", figure, _iteration(pl_module))
+
+
+def printable(text: str) -> str:
+    """Text of strangers, without control codes that a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _data(trainer: pl.Trainer) -> MNISTDataModule:

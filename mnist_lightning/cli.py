@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import json
 import logging
 import os
 import re
@@ -32,9 +33,11 @@ from mnist_lightning import plots, processes
 from mnist_lightning.callbacks import (
     Figures,
     IterationProgressBar,
+    PictureReport,
     PredictionWriter,
     Report,
     RunLogger,
+    printable,
     run_directory,
     say,
 )
@@ -42,6 +45,7 @@ from mnist_lightning.checkpoints import BestAndLast, CheckpointError, Checkpoint
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.model import CLASSES
+from mnist_lightning.pictures import PictureError
 
 RUNS = "lightning_logs"
 
@@ -183,7 +187,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Resolve `best` and `last`, add the settings of the run that is resumed, and check what Lightning does not."""
-        arguments = list(map(str, sys.argv[1:] if args is None else args))
+        arguments = _with_list("--data.images", list(map(str, sys.argv[1:] if args is None else args)))
         super().parse_arguments(parser, arguments)
         config = self.config[self.config.subcommand]
         self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
@@ -201,7 +205,9 @@ class CLI(LightningCLI):
                     super().parse_arguments(parser, ["fit", *settings, *arguments[1:]])
                     config = self.config.fit
             config.ckpt_path = str(checkpoint)
-        elif self.config.subcommand != "fit":
+        if config.data.images and self.config.subcommand != "predict":
+            raise UsageError("data.images: only `predict` reads pictures")
+        if not config.ckpt_path and self.config.subcommand != "fit":
             raise UsageError("ckpt_path: which weights? Give `best` or `last` of the newest run, or a path")
         seed = config.seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -262,7 +268,8 @@ class CLI(LightningCLI):
         )
         if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
             raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
-        callbacks = [*callbacks, processes.Timeout(), Report(), PredictionWriter()]
+        callbacks = [*callbacks, processes.Timeout(), Report()]
+        callbacks.append(PictureReport() if self.config[self.subcommand].data.images else PredictionWriter())
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
                 callbacks.append(IterationProgressBar())
@@ -308,9 +315,16 @@ class CLI(LightningCLI):
         self._say_where()
 
     def predict(self, **kwargs: Any) -> None:
-        """Read the test split's digits."""
+        """Read the test split's digits, or those of pictures.
+
+        Raises:
+            PictureError: Some of the files are no pictures. All others have been read.
+        """
         self.trainer.predict(**kwargs, return_predictions=False)
         self._say_where()
+        readings = self.datamodule.readings.values()
+        if skipped := sum(isinstance(reading, PictureError) for reading in readings):
+            raise PictureError(f"{skipped:,} of {len(readings):,} files could not be read as pictures")
 
     def _say_where(self) -> None:
         directory = run_directory(self.trainer)
@@ -321,6 +335,15 @@ class CLI(LightningCLI):
         say(f"Run: {directory}")
         if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
             say(f"Look at it: tensorboard --logdir {directory.parent}")
+
+
+def _with_list(name: str, arguments: list[str]) -> list[str]:
+    """Arguments with all values that follow one, as a shell makes them of `*.png`, as the list that they are."""
+    if name not in arguments:
+        return arguments
+    at = arguments.index(name) + 1
+    end = next((end for end in range(at, len(arguments)) if arguments[end].startswith("--")), len(arguments))
+    return [*arguments[: at - 1], f"{name}={json.dumps(arguments[at:end])}", *arguments[end:]]
 
 
 def _checkpoint(name: str, runs: Path) -> Path:
@@ -436,7 +459,7 @@ def _fail(error: Exception | str, code: int) -> int:
         raise error
     message = " ".join(str(error).split()) or type(error).__name__
     # A damaged file's content must not reach the terminal's control codes, nor a closed console hide the exit code.
-    message = "".join(character if character.isprintable() else "?" for character in message)
+    message = printable(message)
     if rank := processes.rank():
         # Where all fail, the first one speaks for all: torchrun, and `end_with_launcher`, mostly end this one before.
         time.sleep(3)

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from mnist_lightning.model import CLASSES
+from mnist_lightning.pictures import Array
 
 TRAIN_COLOR, VAL_COLOR = "#4878a8", "#d1602a"
 
@@ -47,6 +50,46 @@ def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:
         axes.imshow(tiles.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
+    return figure
+
+
+def pictures_read(readings: Sequence[tuple[Image.Image, Array | None, Array, str]], heading: str) -> Figure:
+    """Draw pictures as given, as the network saw them, and what it read, three to a row.
+
+    Args:
+        readings: Of each picture itself, what the network saw, (784,) in [0, 1], or None where it is blank; the
+            probabilities of the ten digits, (10,); and its name.
+        heading: Title of the whole figure.
+    """
+    columns = min(3, len(readings))
+    rows = -(-len(readings) // columns)
+    figure = Figure(figsize=(4.2 * columns, 1.5 * rows + 0.6), layout="constrained")
+    figure.suptitle(heading)
+    blocks = figure.subplots(rows, 4 * columns, width_ratios=(1, 1, 1.6, 0.2) * columns, squeeze=False).reshape(-1, 4)
+    for axes in blocks.flat:
+        axes.axis("off")
+    for (picture, seen, probabilities, name), (given, network, bars, _) in zip(readings, blocks, strict=False):
+        given.imshow(np.asarray(picture.convert("RGBA")))
+        given.set_title(name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", fontsize=9, parse_math=False)
+        network.imshow(np.zeros((28, 28)) if seen is None else seen.reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)
+        network.set_title("as seen", fontsize=9)
+        network.axis("on")
+        network.set(xticks=(), yticks=())
+        network.spines[:].set_color("lightgray")
+        for axes in (given, network):
+            axes.set(box_aspect=1, adjustable="datalim")
+        bars.set(box_aspect=0.6)
+        if seen is None:
+            bars.set_title("blank", fontsize=9)
+            continue
+        best = probabilities.argmax()
+        bars.set_title(f"{best}  ({probabilities[best]:.1%})", fontsize=9)
+        bars.axis("on")
+        colors = [VAL_COLOR if digit == best else TRAIN_COLOR for digit in range(CLASSES)]
+        bars.bar(range(CLASSES), probabilities, color=colors)
+        bars.set(ylim=(0, 1), xticks=range(CLASSES), yticks=())
+        bars.tick_params(length=0, labelsize=8)
+        bars.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 
