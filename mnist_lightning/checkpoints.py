@@ -24,6 +24,7 @@ from mnist_lightning.callbacks import progress, run_directory
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.files import NAMES
+from mnist_lightning.model import MLP
 from mnist_lightning.processes import gather, rank
 
 
@@ -112,6 +113,40 @@ def read(path: Path) -> dict[str, Any]:
     if not finite:
         raise CheckpointError(f"{path} is refused: expected weights that are finite numbers, found some that are not")
     return checkpoint
+
+
+def find(name: str, runs: Path) -> Path:
+    """The file that `best` or `last` of the newest run that has one means, or a path.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if name not in ("best", "last"):
+        if not Path(name).is_file():
+            raise CheckpointError(f"there is no checkpoint {name}")
+        return Path(name)
+    numbered = {
+        int(match[1]): path
+        for path in runs.glob(f"version_*/checkpoints/{name}.ckpt")
+        if (match := re.fullmatch(r"version_(\d+)", path.parts[-3]))
+    }
+    if not numbered:
+        raise CheckpointError(f"there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
+    return numbered[max(numbered)]
+
+
+def read_network(path: Path) -> tuple[MLP, str]:
+    """The network of a checkpoint, in float32 and for reading only, and in words what it was trained on.
+
+    Raises:
+        CheckpointError: As in `read`.
+    """
+    checkpoint = read(path)
+    classifier = MNISTClassifier(**checkpoint["hyper_parameters"])
+    classifier.load_state_dict(checkpoint["state_dict"])
+    iteration = checkpoint["global_step"]
+    dataset = NAMES[checkpoint["datamodule_hyper_parameters"]["dataset"]]
+    return classifier.mlp.float().eval(), f"{dataset}, {iteration:,} iterations"
 
 
 def _check_optimizer(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:

@@ -1,25 +1,18 @@
 """The command line: Lightning's own CLI with this project's defaults, and errors as one clear line."""
 
 import contextlib
-import difflib
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
 import time
 import warnings
-from argparse import ArgumentParser
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-import torch.nn.functional as F
-import yaml
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,7 +22,7 @@ from lightning.pytorch.core import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
 
-from mnist_lightning import plots, processes
+from mnist_lightning import processes
 from mnist_lightning.callbacks import (
     Figures,
     IterationProgressBar,
@@ -41,13 +34,12 @@ from mnist_lightning.callbacks import (
     run_directory,
     say,
 )
-from mnist_lightning.checkpoints import BestAndLast, CheckpointError, CheckpointIO, Stopped, read, write_whole
+from mnist_lightning.checkpoints import BestAndLast, CheckpointError, CheckpointIO, Stopped, find, read, write_whole
 from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning.commands import COMMANDS, RUNS
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.model import CLASSES
+from mnist_lightning.parser import Parser, UsageError, shorter
 from mnist_lightning.pictures import PictureError
-
-RUNS = "lightning_logs"
 
 # What Lightning does not check: the least value, and the one that means no limit.
 TRAINER_MINIMA = {
@@ -57,63 +49,6 @@ TRAINER_MINIMA = {
     "num_sanity_val_steps": (0, -1),
     "log_every_n_steps": (0, None),
 }
-
-
-class UsageError(Exception):
-    """The command or the config is wrong; the message names the setting and what to do."""
-
-
-class Parser(LightningArgumentParser):
-    """Raises errors instead of printing them below the usage text."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # A setting that does not exist must not be taken for one that begins in the same way.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
-        message = _shorter(message)
-        unknown = re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+'|^option ')([\w.-]+)", message)
-        if unknown:
-            nearest = difflib.get_close_matches(unknown[1], _known_keys(self), n=1)
-            message = f"there is no setting {unknown[1]}" + (f"; did you mean {nearest[0]}?" if nearest else "")
-        raise UsageError(message) from ex
-
-    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse a config file; errors in its syntax or its values name it and, where it is no YAML, the line."""
-        try:
-            return super().parse_path(path, *args, **kwargs)
-        except (UsageError, OSError, ValueError) as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, yaml.MarkedYAMLError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is not None and (mark := cause.problem_mark):
-                error = UsageError(f"line {mark.line + 1}, column {mark.column + 1}: {cause.problem}")
-            raise UsageError(f"{path}: {error}") from error
-
-
-def _shorter(message: str) -> str:
-    """One of jsonargparse's errors, with types as people write them, and but one of the errors of a union's types."""
-
-    def choose(union: re.Match[str]) -> str:
-        errors, bullet, value = union.groups()
-        *_, last = errors.split(bullet)  # of a group of settings, if it may be one
-        is_type = last.startswith(("Expected", "Not a valid"))
-        return f"This value is not allowed: {value}" if is_type else last
-
-    message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
-    message = re.sub(r"- Expected a path but .*\n\s*- ", "", message)
-    return re.sub(
-        r"(?s)Does not validate.*?Errors:((\n *- ).*?)\s*Given value type:.*?Given value: (.*)", choose, message
-    )
-
-
-def _known_keys(parser: ArgumentParser) -> Iterator[str]:
-    for action in parser._actions:
-        yield action.dest
-        if isinstance(action.choices, dict):  # of subcommands
-            for subparser in action.choices.values():
-                yield from _known_keys(subparser)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -152,7 +87,8 @@ class CLI(LightningCLI):
             parser_kwargs={
                 "prog": "mnist_lightning",
                 "description": "Train a two-layer network to read handwritten digits.",
-                "epilog": "`data` gets and verifies the data without training; see `data --help`.",
+                "epilog": "Besides: `data` gets and verifies the data, `demo` writes a page to draw digits on, and "
+                "`export` hands a network on to ONNX, TorchScript or safetensors; see `data --help` and so on.",
             },
             parser_class=Parser,
             auto_configure_optimizers=False,
@@ -193,7 +129,10 @@ class CLI(LightningCLI):
         self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
         self._run: Path | None = None
         if config.ckpt_path:
-            checkpoint = _checkpoint(config.ckpt_path, self._runs)
+            try:
+                checkpoint = find(config.ckpt_path, self._runs)
+            except CheckpointError as error:
+                raise UsageError(f"ckpt_path: {error}") from error
             run = checkpoint.resolve().parent.parent
             if self.config.subcommand == "fit" and run.parent == self._runs.resolve():
                 # Goes on in its own directory, with its own settings where the command gives no others.
@@ -243,7 +182,7 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UsageError(_shorter(str(error))) from error
+            raise UsageError(shorter(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the logger, the callbacks and the progress bar, where the user has not chosen otherwise."""
@@ -346,48 +285,6 @@ def _with_list(name: str, arguments: list[str]) -> list[str]:
     return [*arguments[: at - 1], f"{name}={json.dumps(arguments[at:end])}", *arguments[end:]]
 
 
-def _checkpoint(name: str, runs: Path) -> Path:
-    """The file that `best`, `last` or a path means."""
-    if name not in ("best", "last"):
-        if not Path(name).is_file():
-            raise UsageError(f"ckpt_path: there is no checkpoint {name}")
-        return Path(name)
-    numbered = {
-        int(match[1]): path
-        for path in runs.glob(f"version_*/checkpoints/{name}.ckpt")
-        if (match := re.fullmatch(r"version_(\d+)", path.parts[-3]))
-    }
-    if not numbered:
-        raise UsageError(f"ckpt_path: there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
-    return numbered[max(numbered)]
-
-
-def _data(arguments: list[str]) -> None:
-    """The `data` command: get and verify the data, and print what the tutorial prints of them."""
-    parser = Parser(prog="mnist_lightning data", description="Get and verify the data without training.")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in yaml format")
-    parser.add_lightning_class_args(MNISTDataModule, "data")
-    parser.add_argument("--figure", type=str, default="digits.png", help="PNG file for a figure of training digits")
-    config = parser.parse_args(arguments)
-    try:
-        data = parser.instantiate_classes(config).data
-    except ValueError as error:
-        raise UsageError(_shorter(str(error))) from error
-    for stage in ("fit", "test"):
-        data.setup(stage)
-    print(f"Dataset: {data.dataset_name}")
-    for name, (images, labels) in {"Training": data.train, "Validation": data.val, "Test": data.test}.items():
-        print(f"{name}: {len(labels):,} digits, images {tuple(images.shape)}, labels {tuple(labels.shape)}")
-    print("First five validation labels, one-hot:")
-    for label, row in zip(data.val[1][:5], F.one_hot(data.val[1][:5], CLASSES), strict=True):
-        print(f"  {label}: {' '.join(map(str, row.tolist()))}")
-    images, labels = data.train[0][:9], data.train[1][:9]
-    plots.digit_grid(images, [f"True: {label}" for label in labels], f"{data.dataset_name}: training digits").savefig(
-        config.figure, dpi=120
-    )
-    print(f"Figure: {config.figure}")
-
-
 def main() -> int:
     """Run the command line.
 
@@ -408,8 +305,8 @@ def _run() -> int:
         threading.excepthook = lambda arguments: None
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
-        if sys.argv[1:2] == ["data"]:
-            _data(sys.argv[2:])
+        if command := COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
+            command(sys.argv[2:])
         else:
             CLI()
         return 0

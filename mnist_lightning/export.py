@@ -1,0 +1,120 @@
+"""Export to other runtimes; each file is read back by its own before it counts."""
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mnist_lightning.model import MLP, PIXELS
+
+Format: TypeAlias = Literal["onnx", "torchscript", "safetensors"]
+
+INPUT = (
+    "images: (batch, 784) float32 from 0 (background) to 1 (ink), 28 rows of 28 pixels, the digit in a box of 20 by 20 "
+    "with its centre of mass at pixel 14"
+)
+OUTPUT = "logits: (batch, 10) float32, the digits from 0 to 9; their softmax is the probabilities"
+
+# Float32 sums in another order differ by a few millionths of a logit of 10.
+TOLERANCE = 1e-3
+
+
+class ExportError(RuntimeError):
+    """A library is missing, or the exported network does not read as PyTorch does; the message says what to do."""
+
+
+def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained_on: str) -> tuple[Path, float]:
+    """Write a network, read it back, and compare it, all images at once and one alone.
+
+    Args:
+        mlp: The network.
+        format: `onnx`, by `torch.export`; `torchscript`, for C++ and PyTorch without this program; or `safetensors`,
+            the weights alone.
+        output: File to write; None for `mnist` with the format's suffix.
+        images: (N, 784) pixels in [0, 1] to compare with.
+        trained_on: Goes into the file, as do the input and the output.
+
+    Returns:
+        The file, and the largest difference between a logit and PyTorch's.
+
+    Raises:
+        ExportError: A library is missing, or the logits differ by more than 0.001.
+    """
+    suffix, write, load = {
+        "onnx": ("onnx", _write_onnx, _load_onnx),
+        "torchscript": ("pt", _write_torchscript, _load_torchscript),
+        "safetensors": ("safetensors", _write_safetensors, _load_safetensors),
+    }[format]
+    path = Path(output or f"mnist.{suffix}")
+    mlp = mlp.float().eval()
+    write(mlp, path, {"input": INPUT, "output": OUTPUT, "trained_on": trained_on})
+    exported = load(path)
+    with torch.no_grad():
+        difference = max((exported(part) - mlp(part)).abs().max().item() for part in (images, images[:1]))
+    if not difference <= TOLERANCE:
+        raise ExportError(f"{path} reads differently: its logits differ from PyTorch's by up to {difference:.1e}")
+    return path, difference
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(f'{name} is not installed; get it with: pip install -e ".[export]"') from error
+
+
+def _write_onnx(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        _library(name)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    program = torch.onnx.export(
+        mlp,
+        (torch.zeros(2, PIXELS),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props.update(notes)
+    program.save(path)
+
+
+def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    session = _library("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _write_torchscript(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
+    with warnings.catch_warnings():
+        # PyTorch's successor, `torch.export`, is what the format `onnx` is made by.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(mlp, torch.zeros(2, PIXELS))
+        torch.jit.save(traced, path, _extra_files=notes)
+
+
+def _load_torchscript(path: Path) -> Callable[[Tensor], Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network: Callable[[Tensor], Tensor] = torch.jit.load(path)
+    return network
+
+
+def _write_safetensors(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
+    _library("safetensors.torch").save_file(mlp.state_dict(), path, notes)
+
+
+def _load_safetensors(path: Path) -> Callable[[Tensor], Tensor]:
+    weights = _library("safetensors.torch").load_file(path)
+    hidden, output = (torch.nn.Linear(*weights[f"{name}.weight"].shape[::-1]) for name in ("hidden", "output"))
+    network = torch.nn.Sequential(hidden, torch.nn.ReLU(), output)
+    for layer, name in ((hidden, "hidden"), (output, "output")):
+        layer.load_state_dict({key: weights[f"{name}.{key}"] for key in ("weight", "bias")})
+    return network

@@ -1,0 +1,67 @@
+"""Lightning's argument parser, with errors that say in one line which setting is wrong and how."""
+
+import difflib
+import re
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+
+class UsageError(Exception):
+    """The command or the config is wrong; the message names the setting and what to do."""
+
+
+class Parser(LightningArgumentParser):
+    """Raises errors instead of printing them below the usage text."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A setting that does not exist must not be taken for one that begins in the same way.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
+        message = shorter(message)
+        unknown = re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+'|^option ')([\w.-]+)", message)
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[1], _known_keys(self), n=1)
+            message = f"there is no setting {unknown[1]}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+        raise UsageError(message) from ex
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config file; errors in its syntax or its values name it and, where it is no YAML, the line."""
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except (UsageError, OSError, ValueError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, yaml.MarkedYAMLError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is not None and (mark := cause.problem_mark):
+                error = UsageError(f"line {mark.line + 1}, column {mark.column + 1}: {cause.problem}")
+            raise UsageError(f"{path}: {error}") from error
+
+
+def shorter(message: str) -> str:
+    """One of jsonargparse's errors, with types as people write them, and but one of the errors of a union's types."""
+
+    def choose(union: re.Match[str]) -> str:
+        errors, bullet, value = union.groups()
+        *_, last = errors.split(bullet)  # of a group of settings, if it may be one
+        is_type = last.startswith(("Expected", "Not a valid"))
+        return f"This value is not allowed: {value}" if is_type else last
+
+    message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
+    message = re.sub(r"- Expected a path but .*\n\s*- ", "", message)
+    return re.sub(
+        r"(?s)Does not validate.*?Errors:((\n *- ).*?)\s*Given value type:.*?Given value: (.*)", choose, message
+    )
+
+
+def _known_keys(parser: ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield action.dest
+        if isinstance(action.choices, dict):  # of subcommands
+            for subparser in action.choices.values():
+                yield from _known_keys(subparser)

@@ -1,0 +1,408 @@
+import base64
+import copy
+import io
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import prepare
+from PIL import Image
+
+from mnist_lightning import demo, pictures, synthetic
+from mnist_lightning.model import MLP
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+TRAINED_ON = "<digits> & {{ network }} (0 iterations)"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip(f"there is no browser: none of {', '.join(CHROMIUM)}")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])  # which root may not have
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def mlp(root: Path) -> MLP:
+    """A network that reads most of the stand-in digits, trained for a second."""
+    torch.manual_seed(0)
+    images, labels = prepare("synthetic", root).train
+    mlp = MLP(hidden_dim=50, init_std=0.05)
+    optimizer = torch.optim.Adam(mlp.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(mlp(images), labels).backward()
+        optimizer.step()
+    return mlp
+
+
+@pytest.fixture(scope="module")
+def file(mlp: MLP, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "demo.html"
+    path.write_text(demo.page(mlp, TRAINED_ON), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(browser: "Browser", file: Path) -> tuple["Page", list[str]]:
+    """The page, and what it said on the console and requested so far."""
+    page = browser.new_context(viewport={"width": 1000, "height": 800}, has_touch=True).new_page()
+    events: list[str] = []
+    page.on("console", lambda message: events.append(message.text))
+    page.on("pageerror", lambda error: events.append(str(error)))
+    page.on("request", lambda request: events.append(request.url))
+    page.goto(file.as_uri())
+    return page, events
+
+
+@pytest.fixture
+def page(opened: tuple["Page", list[str]]) -> "Page":
+    """The page with nothing drawn."""
+    page, _ = opened
+    page.set_viewport_size({"width": 1000, "height": 800})
+    page.emulate_media(color_scheme="light", reduced_motion="no-preference")
+    page.keyboard.press("Escape")
+    return page
+
+
+Strokes = list[list[tuple[float, float]]]
+
+
+def strokes_of(digit: int) -> Strokes:
+    """The first way that the stand-in's writers have of writing a digit, on a surface of 280 by 280."""
+    path = next(path for glyph, _, path in synthetic.GLYPHS if glyph == digit)
+    return [
+        [(80 + 2 * float(x), 40 + 2 * float(y)) for x, y in (point.rstrip("^").split(",") for point in stroke.split())]
+        for stroke in path.split(";")
+    ]
+
+
+def draw(page: "Page", strokes: Strokes) -> None:
+    """Draw with the mouse."""
+    box = page.locator("#surface").bounding_box()
+    assert box is not None
+    for stroke in strokes:
+        points = [(box["x"] + x * box["width"] / 280, box["y"] + y * box["height"] / 280) for x, y in stroke]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        for point in points[1:]:
+            page.mouse.move(*point, steps=3)
+        page.mouse.up()
+
+
+def ink_of(page: "Page") -> pictures.Array:
+    """(280, 280) from 0 to 1, as the network's picture is made of."""
+    png = base64.b64decode(page.evaluate("inkCanvas.toDataURL()").partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(png)).convert("L")) / 255
+
+
+def count(page: "Page") -> int:
+    return page.locator("#strokes path").count()
+
+
+def normalised(page: "Page", ink: pictures.Array) -> pictures.Array | None:
+    """What `normalise` of the page makes of (H, W) ink."""
+    height, width = ink.shape
+    # As text, because Playwright takes a second for as long a list.
+    pixels = page.evaluate(
+        """([text, width, height]) => {
+            const ink = new Float64Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+            const pixels = normalise(ink, width, height);
+            return pixels && Array.from(pixels);
+        }""",
+        [base64.b64encode(ink.astype("<f8").tobytes()).decode(), width, height],
+    )
+    return None if pixels is None else np.array(pixels)
+
+
+INKS = [np.random.default_rng(0).random(size) ** 2 for size in [(1, 9), (300, 2), (37, 61), (113, 45), (280, 280)]]
+INKS += [np.ones((1, 1)), np.pad([[0.3]], 40), np.ones((50, 7))]
+
+
+@pytest.mark.parametrize("ink", INKS)
+def test_normalises_as_pictures_are(page: "Page", ink: pictures.Array) -> None:
+    expected, found = pictures.normalise(ink), normalised(page, ink)
+    assert expected is not None
+    assert found is not None
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ink", [0, pictures.EDGE])
+def test_blank_stays_blank(page: "Page", ink: float) -> None:
+    blank = np.full((9, 30), ink)
+    assert pictures.normalise(blank) is None
+    assert normalised(page, blank) is None
+
+
+def test_reads_the_test_digits_as_the_network_does(page: "Page", root: Path, mlp: MLP) -> None:
+    expected, found = [], []
+    for image in prepare("synthetic", root).test[0][:10]:
+        large = Image.fromarray(image.view(28, 28).numpy()).resize((280, 280), Image.Resampling.BICUBIC)
+        ink = np.asarray(large, dtype=np.float64).clip(0, 1)
+        expected.append(pictures.normalise(ink))
+        pixels = normalised(page, ink)
+        assert pixels is not None
+        found.append(page.evaluate("logits", pixels.tolist()))
+    logits = copy.deepcopy(mlp).double()(torch.tensor(np.array(expected)))
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), logits, rtol=0, atol=1e-3)
+    assert torch.equal(torch.tensor(found).argmax(1), logits.argmax(1))
+    assert len(logits.argmax(1).unique()) >= 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_holds_networks_of_any_width_and_type(browser: "Browser", tmp_path: Path, dtype: torch.dtype) -> None:
+    mlp = MLP(hidden_dim=3, init_std=0.5).to(dtype)
+    path = tmp_path / "demo.html"
+    path.write_text(demo.page(mlp, "noise"), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    pixels = torch.rand(784, dtype=torch.float64)
+    found = page.evaluate("logits", pixels.tolist())
+    page.close()
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), mlp.double()(pixels), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("digit", [0, 1, 3, 7])
+def test_reads_what_is_drawn(page: "Page", mlp: MLP, tmp_path: Path, digit: int) -> None:
+    draw(page, strokes_of(digit))
+    assert page.locator("#guess").inner_text() == str(digit)
+    bars = page.locator("#bars li")
+    percents = [float(text.rstrip("%")) for text in bars.locator("span:last-child").all_inner_texts()]
+    assert sum(percents) == pytest.approx(100, abs=5)
+    assert percents.index(max(percents)) == digit
+    lengths = page.evaluate("[...bars.children].map(bar => Number(bar.style.getPropertyValue('--probability')))")
+    np.testing.assert_allclose(np.array(lengths) * 100, percents, atol=0.5)
+
+    # The same drawing as a file, dark on light, goes the way of strangers' pictures.
+    Image.fromarray((255 * (1 - ink_of(page))).round().astype(np.uint8)).save(tmp_path / "drawn.png")
+    pixels = pictures.read(tmp_path / "drawn.png")
+    assert pixels is not None
+    shown = page.evaluate("Array.from(picture.getContext('2d').getImageData(0, 0, 28, 28).data)")[::4]
+    np.testing.assert_allclose(np.array(shown) / 255, pixels, rtol=0, atol=0.01)
+    probabilities = mlp(torch.from_numpy(pixels).float()).softmax(0)
+    np.testing.assert_allclose(lengths, probabilities.detach().numpy(), rtol=0, atol=0.02)
+
+
+def test_shows_where_one_draws(page: "Page") -> None:
+    draw(page, strokes_of(3))
+    shown = Image.open(io.BytesIO(page.locator("#surface").screenshot())).convert("L").resize((280, 280))
+    # The shown ink is not quite black, and the surface has round corners and a shadow.
+    assert np.abs(1 - np.asarray(shown) / 255 - ink_of(page)).mean() < 0.03
+
+
+def test_says_what_to_do_while_nothing_is_drawn(page: "Page") -> None:
+    hint = page.get_by_text("Draw a digit from 0 to 9").first
+    assert hint.is_visible()
+    assert page.locator("#guess").inner_text() == ""
+    assert not any(page.locator("#bars li span:last-child").all_inner_texts())
+    draw(page, strokes_of(1))
+    assert hint.is_hidden()
+
+
+def test_says_what_the_network_learned_from(page: "Page") -> None:
+    assert f"The network learned from {TRAINED_ON}." in page.locator("footer").inner_text()
+
+
+def test_a_tap_is_a_dot(page: "Page") -> None:
+    draw(page, [[(140, 140)]])
+    assert ink_of(page).sum() == pytest.approx(np.pi * 12.5**2, rel=0.02)
+
+
+def press(page: "Page", name: str) -> None:
+    """Press the button of this name, or the key."""
+    button = page.get_by_role("button", name=name, exact=True)
+    if button.count():
+        button.click()
+    else:
+        page.keyboard.press(name)
+
+
+@pytest.mark.parametrize("name", ["Undo", "Control+z", "Meta+z"])
+def test_undo_takes_the_last_stroke(page: "Page", name: str) -> None:
+    draw(page, strokes_of(1))
+    one = ink_of(page)
+    draw(page, [[(20, 20), (260, 20)]])
+    assert count(page) == 2
+    press(page, name)
+    assert count(page) == 1
+    np.testing.assert_array_equal(ink_of(page), one)
+    assert page.locator("#guess").inner_text() == "1"
+
+
+@pytest.mark.parametrize("name", ["Clear", "Escape", "Delete", "Backspace"])
+def test_clear_takes_all(page: "Page", name: str) -> None:
+    buttons = page.get_by_role("button")
+    assert [button.is_enabled() for button in buttons.all()] == [False, False]
+    draw(page, [*strokes_of(1), [(20, 20), (260, 20)]])
+    assert [button.is_enabled() for button in buttons.all()] == [True, True]
+    press(page, name)
+    assert count(page) == 0
+    assert not ink_of(page).any()
+    assert page.locator("#guess").inner_text() == ""
+    assert [button.is_enabled() for button in buttons.all()] == [False, False]
+
+
+def test_the_keyboard_reaches_everything(page: "Page") -> None:
+    draw(page, strokes_of(1))
+    for key, expected in [("Tab", "undo"), ("Shift+Tab", "surface"), ("Tab", "undo"), ("Tab", "clear")]:
+        page.keyboard.press(key)
+        assert page.evaluate("document.activeElement.id") == expected
+        assert "solid 3px" in page.evaluate("getComputedStyle(document.activeElement).outline")
+    page.keyboard.press("Enter")
+    assert count(page) == 0
+    # The button is off, and has handed on the focus that it would have lost.
+    assert page.evaluate("document.activeElement.id") == "surface"
+
+
+def test_draws_by_keyboard(page: "Page") -> None:
+    page.reload()
+    page.keyboard.press("Tab")
+    assert page.locator("#pen").is_visible()
+    for _ in range(11):
+        page.keyboard.press("ArrowUp")
+    assert not ink_of(page).any()
+    page.keyboard.press("Space")
+    for _ in range(22):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("Space")
+    one = ink_of(page)
+    page.keyboard.press("ArrowLeft")
+    np.testing.assert_array_equal(ink_of(page), one)
+    assert page.locator("#guess").inner_text() == "1"
+    rows, columns = np.nonzero(one > 0.9)
+    assert [rows.min(), rows.max(), columns.min(), columns.max()] == [51, 228, 128, 151]
+
+    page.keyboard.down("ArrowLeft")
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.up("ArrowLeft")
+    assert page.locator("#strokes path").last.get_attribute("d") == "M126 217h.01L119 210"
+
+
+def test_draws_by_touch_with_one_finger(page: "Page") -> None:
+    session = page.context.new_cdp_session(page)
+    box = page.locator("#surface").bounding_box()
+    assert box is not None
+
+    def touch(kind: str, *points: tuple[float, float]) -> None:
+        where = [{"id": i, "x": box["x"] + x, "y": box["y"] + y} for i, (x, y) in enumerate(points)]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": where})
+
+    touch("touchStart", (200, 60))
+    for y in range(80, 320, 20):
+        touch("touchMove", (200, y))
+    touch("touchStart", (200, 300), (40, 40))
+    touch("touchMove", (200, 300), (80, 80))
+    touch("touchEnd")
+    assert count(page) == 1
+    assert not ink_of(page)[:, :100].any()
+    assert page.locator("#guess").inner_text() == "1"
+    assert page.evaluate("scrollY") == 0
+
+
+def test_tells_screen_readers_once_a_digit_is_drawn(browser: "Browser", file: Path) -> None:
+    page = browser.new_page()
+    page.clock.install(time=0)
+    page.goto(file.as_uri())
+    page.clock.pause_at(10)
+    live = page.locator("[aria-live=polite]")
+    draw(page, strokes_of(7))
+    page.clock.run_for(500)
+    assert "probability" not in live.inner_text()
+    page.clock.run_for(500)
+    assert re.fullmatch(r"7, probability \d+%", live.inner_text())
+    page.close()
+
+
+@pytest.mark.parametrize("width", [320, 768])
+def test_never_scrolls_sideways(page: "Page", width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 600})
+    draw(page, strokes_of(1))
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_is_readable_by_day_and_by_night(page: "Page") -> None:
+    grounds = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        ground, *texts = page.evaluate(
+            """[["html", "backgroundColor"], ["html", "color"], ["#guess", "color"], ["h2", "color"], ["#hint", "fill"]]
+            .map(([element, property]) => getComputedStyle(document.querySelector(element))[property])"""
+        )
+        grounds.append(luminance(ground))
+        for text in texts:
+            low, high = sorted([luminance(ground), luminance(text)])
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, text)
+    light, dark = grounds
+    assert light > 0.8
+    assert dark < 0.05
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of `rgb(r, g, b)`, from 0 to 1."""
+    values = np.array(re.findall(r"\d+", colour), dtype=float) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_moves_nothing_for_those_who_ask_for_it(page: "Page") -> None:
+    duration = "getComputedStyle(document.querySelector('.bar'), '::before').transitionDuration"
+    assert page.evaluate(duration) == "0.15s"
+    page.emulate_media(reduced_motion="reduce")
+    assert page.evaluate(duration) == "0s"
+
+
+def test_asks_for_nothing_but_itself(opened: tuple["Page", list[str]], file: Path) -> None:
+    page, events = opened
+    events.clear()
+    page.reload()
+    draw(page, strokes_of(7))
+    page.keyboard.press("Escape")
+    # A browser that shows icons loads this one.
+    assert page.evaluate(
+        "icon => new Promise(done => Object.assign(new Image(), {src: icon, onload: () => done(true)}))",
+        page.locator("link[rel=icon]").get_attribute("href"),
+    )
+    assert [event for event in events if not event.startswith("data:")] == [file.as_uri()]
+
+
+@pytest.mark.parametrize(
+    ("directive", "attempt"),
+    [
+        ("connect-src", "fetch('https://example.org').catch(() => {})"),
+        ("img-src", "new Image().src = 'https://example.org/a.png'"),
+        ("script-src-elem", "add('script', {text: '1'})"),
+        ("style-src-elem", "add('style', {textContent: 'p {}'})"),
+        ("base-uri", "add('base', {href: 'https://example.org'})"),
+        ("form-action", "add('form', {action: 'https://example.org'}).submit()"),
+    ],
+)
+def test_may_not_ask_for_more(browser: "Browser", file: Path, directive: str, attempt: str) -> None:
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    refused = page.evaluate(
+        f"""new Promise((done) => {{
+            addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
+            setTimeout(done, 3000);
+            const add = (tag, properties) =>
+                document.body.appendChild(Object.assign(document.createElement(tag), properties));
+            {attempt};
+        }})"""
+    )
+    page.close()
+    assert refused == directive

@@ -1,0 +1,113 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunCLI
+
+from mnist_lightning import export as export_module
+from mnist_lightning.checkpoints import read_network
+from mnist_lightning.export import INPUT, ExportError, export
+from mnist_lightning.model import MLP
+
+
+@pytest.fixture
+def trained(run_cli: RunCLI, tmp_path: Path) -> Path:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=17", "--test_after_fit=false") == 0
+    return tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt"
+
+
+@pytest.mark.parametrize(("form", "name"), [("onnx", "mnist.onnx"), ("torchscript", "mnist.pt"), ("safetensors", "a")])
+def test_the_file_reads_as_the_network_does(
+    trained: Path, run_cli: RunCLI, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str], form: str, name: str
+) -> None:
+    capsys.readouterr()
+    path = [] if name.startswith("mnist") else [f"--output={name}"]
+    data = ["--data.dataset=synthetic", f"--data.root={root}"]
+    assert run_cli("export", f"--format={form}", *path, *data, data=False) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Network: {name}, 0.1 MB, trained on stand-in digits (not MNIST), 11 iterations\n")
+    assert "Read back: the logits of 230 test digits" in out
+
+    mlp, _ = read_network(trained)
+    # In a process of its own, which knows nothing of this program.
+    readers = {
+        "onnx": "import onnxruntime; s = onnxruntime.InferenceSession(path); "
+        "read = lambda x: s.run(None, {'images': x.numpy()})[0].tolist(); "
+        "notes = s.get_modelmeta().custom_metadata_map",
+        "torchscript": "notes = dict.fromkeys(['input', 'output', 'trained_on'], ''); "
+        "network = torch.jit.load(path, _extra_files=notes); read = lambda x: network(x).tolist(); "
+        "notes = {k: v if isinstance(v, str) else v.decode() for k, v in notes.items()}",
+        "safetensors": "import safetensors; f = safetensors.safe_open(path, 'pt'); notes = f.metadata(); "
+        "w = {k: f.get_tensor(k) for k in f.keys()}; "
+        "read = lambda x: ((x @ w['hidden.weight'].T + w['hidden.bias']).relu() @ w['output.weight'].T"
+        " + w['output.bias']).tolist()",
+    }
+    code = (
+        f"import json, sys, torch; path = sys.argv[1]; {readers[form]}; torch.manual_seed(0); "
+        "print(json.dumps([notes, *(read(torch.rand(n, 784)) for n in (1, 7))]))"
+    )
+    output = subprocess.check_output([sys.executable, "-c", code, name], text=True, cwd=tmp_path)
+    notes, *logits = json.loads(output.splitlines()[-1])
+    assert notes["input"] == INPUT
+    assert notes["trained_on"] == "stand-in digits (not MNIST), 11 iterations"
+    torch.manual_seed(0)
+    for size, rows in zip((1, 7), logits, strict=True):
+        torch.testing.assert_close(torch.tensor(rows), mlp(torch.rand(size, 784)), atol=1e-4, rtol=0)
+
+
+def test_a_file_that_reads_differently_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
+        other = MLP(17)
+        other.output.bias.data += 0.01
+        torch.jit.save(torch.jit.trace(other, torch.zeros(1, 784)), path)
+
+    monkeypatch.setattr(export_module, "_write_torchscript", write)
+    with pytest.raises(ExportError, match="differ from PyTorch's"):
+        export(MLP(17), "torchscript", str(tmp_path / "x.pt"), torch.rand(5, 784), "nothing")
+
+
+def test_a_network_of_nan_is_no_success(tmp_path: Path) -> None:
+    mlp = MLP(17)
+    mlp.output.bias.data[3] = torch.nan
+    with pytest.raises(ExportError, match="nan"):
+        export(mlp, "torchscript", str(tmp_path / "x.pt"), torch.rand(5, 784), "nothing")
+
+
+@pytest.mark.parametrize(("form", "library"), [("onnx", "onnxscript"), ("safetensors", "safetensors.torch")])
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: Any, library: str) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ExportError, match=rf'{library} is not installed; get it with: pip install -e "\.\[export\]"'):
+        export(MLP(17), form, str(tmp_path / "x"), torch.rand(5, 784), "nothing")
+    assert not (tmp_path / "x").exists()
+
+
+def test_wrong_commands(trained: Path, run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, says in (
+        (["export"], "format"),
+        (["export", "--format=tflite"], "'onnx', 'torchscript', 'safetensors'"),
+        (["export", "--format=onnx", "--ckpt_path=none.ckpt"], "ckpt_path: there is no checkpoint none.ckpt"),
+        (["demo", "--outptu=x"], "did you mean output?"),
+    ):
+        capsys.readouterr()
+        assert run_cli(*arguments, data=False) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
+
+
+def test_demo_writes_the_page_and_opens_it(
+    trained: Path, run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))  # type: ignore[func-returns-value]
+    assert run_cli("demo", "--no-open", "--output=mine.html", data=False) == 0
+    assert opened == []
+    assert "trained on stand-in digits (not MNIST), 11 iterations" in capsys.readouterr().out
+    assert run_cli("demo", f"--ckpt_path={trained}", data=False) == 0
+    assert opened == [(tmp_path / "demo.html").as_uri()]
+    assert (tmp_path / "mine.html").read_text() == (tmp_path / "demo.html").read_text()
+    assert "stand-in digits (not MNIST), 11 iterations" in (tmp_path / "demo.html").read_text()

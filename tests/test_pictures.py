@@ -1,0 +1,343 @@
+import csv
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import RunCLI, newest_run, prepare
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+
+from mnist_lightning import pictures
+from mnist_lightning.checkpoints import read_network
+from mnist_lightning.pictures import PictureError, find, find_ink, normalise, read
+
+Array = npt.NDArray[Any]
+Random = np.random.Generator
+
+
+@pytest.fixture(scope="module")
+def digits(root: Path) -> Array:
+    """Ten stand-in digits, (10, 28, 28) in [0, 1]."""
+    images: Array = prepare("synthetic", root).test[0][:10].reshape(-1, 28, 28).double().numpy()
+    return images
+
+
+def enlarge(digit: Array, side: int) -> Array:
+    """Ink, (side, side) in [0, 1]."""
+    picture = Image.fromarray((digit * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(picture) / 255
+
+
+def on_paper(ink: Array, paper: Any = 255, pen: Any = 0) -> Array:
+    """A picture, (H, W) or (H, W, 3) bytes, of a digit somewhere on a larger canvas."""
+    canvas = np.pad(ink, ((30, 110), (90, 40)))
+    paper, pen = np.asarray(paper, dtype=float), np.asarray(pen, dtype=float)
+    return (paper + (pen - paper) * (canvas[..., None] if paper.ndim else canvas)).round().astype(np.uint8)
+
+
+def likeness(one: Array | None, other: Array | None) -> float:
+    """Correlation of what the network sees of two pictures; their centres may be rounded to neighbouring pixels."""
+    assert one is not None
+    assert other is not None
+    field = one.reshape(28, 28)
+    moved = [np.roll(field, (y, x), (0, 1)).reshape(-1) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    return max(float(np.corrcoef(field, other)[0, 1]) for field in moved)
+
+
+def stack(readings: Sequence[Array | PictureError | None]) -> Array:
+    return np.stack([reading if isinstance(reading, np.ndarray) else np.zeros(784) for reading in readings])
+
+
+def save(path: Path, picture: Image.Image, **kwargs: Any) -> Path:
+    picture.save(path, **kwargs)
+    return path
+
+
+def test_a_digit_of_mnist_stays_as_it_is(mnist_root: str) -> None:
+    images = prepare("mnist", Path(mnist_root)).test[0][:300].double().numpy()
+    seen = stack([normalise(find_ink(as_picture(image.reshape(28, 28)))) for image in images])
+    assert np.abs(seen - images).mean() < 0.015
+    assert np.median([likeness(*pair) for pair in zip(seen, images, strict=True)]) > 0.99
+
+
+def as_picture(ink: Array) -> Image.Image:
+    return Image.fromarray((ink * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff"])
+def test_formats(digits: Array, tmp_path: Path, suffix: str) -> None:
+    for digit in digits:
+        ink = enlarge(digit, 140)
+        path = save(tmp_path / f"digit.{suffix}", Image.fromarray(on_paper(ink)))
+        assert likeness(read(path), normalise(ink)) > 0.97
+
+
+@pytest.mark.parametrize(("paper", "pen"), [(255, 0), (0, 255), (230, 150), (60, 110)])
+def test_dark_on_light_and_light_on_dark(digits: Array, paper: int, pen: int) -> None:
+    for digit in digits:
+        ink = enlarge(digit, 140)
+        assert likeness(normalise(find_ink(Image.fromarray(on_paper(ink, paper, pen)))), normalise(ink)) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("paper", "pen"),
+    [((250, 240, 200), (20, 40, 160)), ((20, 60, 30), (240, 240, 210)), ((220, 40, 40), (40, 132, 60))],
+    ids=["ink on cream", "chalk on green", "green on equally bright red"],
+)
+def test_colours(digits: Array, paper: tuple[int, ...], pen: tuple[int, ...]) -> None:
+    for digit in digits:
+        ink = enlarge(digit, 140)
+        assert likeness(normalise(find_ink(Image.fromarray(on_paper(ink, paper, pen)))), normalise(ink)) > 0.97
+
+
+def transparent(ink: Array) -> Image.Image:
+    alpha = Image.fromarray(255 - on_paper(ink))
+    return Image.merge("LA", (Image.new("L", alpha.size, 0), alpha))
+
+
+MODES: dict[str, Callable[[Array], Image.Image]] = {
+    "1": lambda ink: Image.fromarray(on_paper(ink)).convert("1", dither=Image.Dither.NONE),
+    "P": lambda ink: Image.fromarray(on_paper(ink)).convert("P"),
+    "CMYK": lambda ink: Image.fromarray(on_paper(ink)).convert("CMYK"),
+    "transparent": transparent,
+    "transparent colours": lambda ink: transparent(ink).convert("RGBA"),
+    "16 bits": lambda ink: Image.fromarray(on_paper(ink).astype(np.uint16) * 257),
+    "12 of 16 bits": lambda ink: Image.fromarray(on_paper(ink).astype(np.uint16) * 16),
+    "floats": lambda ink: Image.fromarray(on_paper(ink).astype(np.float32) / 255),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(digits: Array, tmp_path: Path, mode: str) -> None:
+    for digit in digits:
+        ink = enlarge(digit, 140)
+        suffix = "tiff" if mode in ("CMYK", "floats") else "png"
+        assert likeness(read(save(tmp_path / f"digit.{suffix}", MODES[mode](ink))), normalise(ink)) > 0.9
+
+
+def test_what_the_camera_turned(digits: Array, tmp_path: Path) -> None:
+    ink = enlarge(digits[0], 140)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    turned = Image.fromarray(np.rot90(on_paper(ink)))
+    assert likeness(read(save(tmp_path / "digit.jpg", turned, exif=exif)), normalise(ink)) > 0.97
+
+
+@pytest.mark.parametrize("side", [26, 60, 300, 1200])
+def test_sizes(digits: Array, side: int) -> None:
+    for digit in digits[:4]:
+        ink = enlarge(digit, side)
+        picture = Image.fromarray(on_paper(ink))
+        assert likeness(normalise(find_ink(picture)), normalise(ink)) > 0.93
+    assert max(find_ink(picture).shape) <= pictures.VIEW
+
+
+def test_a_small_digit_on_a_large_page(digits: Array) -> None:
+    ink = enlarge(digits[3], 60)
+    page = np.pad(ink, ((1500, 300), (200, 900)))
+    assert likeness(normalise(find_ink(as_picture(1 - page))), normalise(ink)) > 0.9
+
+
+def test_specks_and_shadows_are_not_ink(digits: Array) -> None:
+    for digit in digits:
+        ink = enlarge(digit, 140)
+        paper = on_paper(ink).astype(float)
+        paper[:, :60] *= 0.6  # beside the digit
+        paper *= np.linspace(1, 0.7, len(paper))[:, None]
+        paper[5:8, 5:8] = paper[-9:-6, -30:-26] = 0
+        assert likeness(normalise(find_ink(Image.fromarray(paper.astype(np.uint8)))), normalise(ink)) > 0.95
+
+
+def test_blank_pictures(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    shade = np.linspace(250, 150, 400)[:, None] + np.zeros(300)
+    for picture in (np.full((400, 300), 255), shade, shade + random.normal(0, 8, shade.shape), np.zeros((1, 1))):
+        assert read(save(tmp_path / "blank.png", Image.fromarray(picture.clip(0, 255).astype(np.uint8)))) is None
+    assert read(save(tmp_path / "clear.png", Image.new("RGBA", (50, 50), (0, 0, 0, 0)))) is None
+
+
+def test_normalise() -> None:
+    ink = np.zeros((90, 70))
+    ink[10:50, 20:30] = 0.5  # a bar of 40 by 10, made 20 by 5
+    seen = normalise(ink)
+    assert seen is not None
+    field = seen.reshape(28, 28)
+    assert field.max() == 1
+    rows, columns = (np.flatnonzero(field.sum(axis)) for axis in (1, 0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (5, 24, 12, 16)  # around pixel 14, rounded up
+    assert normalise(np.zeros((5, 5))) is None
+
+
+def bomb(path: Path) -> Path:
+    """A PNG of a few bytes that says it has 2.5 billion pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))))
+    return path
+
+
+def test_what_is_no_picture(tmp_path: Path, digits: Array) -> None:
+    (tmp_path / "note.png").write_text("no picture")
+    whole = save(tmp_path / "whole.jpg", Image.fromarray(on_paper(enlarge(digits[0], 140)))).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.png").touch()
+    save(tmp_path / "moving.gif", as_picture(digits[0]))
+    bomb(tmp_path / "bomb.png")
+    for name, says in {
+        "note.png": "is none of PNG",
+        "cut.jpg": "truncated",
+        "empty.png": "is none of PNG",
+        "moving.gif": "is none of PNG",
+        "bomb.png": "more than 89,478,485 pixels",
+    }.items():
+        with pytest.raises(PictureError, match=says):
+            read(tmp_path / name)
+
+
+def test_a_picture_just_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = save(tmp_path / "large.png", Image.new("L", (20, 20)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 399)
+    with pytest.raises(PictureError, match="399"):
+        read(path)
+
+
+def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.png", "a.JPG", "notes.txt", "more/c.webp", "more/d [1].png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert list(map(str, find(["."]))) == ["a.JPG", "b.png", "more/c.webp", "more/d [1].png"]
+    assert list(map(str, find(["*.png", "b.png", "notes.txt"]))) == ["b.png", "notes.txt"]
+    assert list(map(str, find([f"{tmp_path}/**/d*"]))) == [f"{tmp_path}/more/d [1].png"]
+    assert list(map(str, find(["more/d [1].png"]))) == ["more/d [1].png"]
+    for nothing in ("none.png", "*.tif"):
+        with pytest.raises(ValueError, match="there is no picture"):
+            find([nothing])
+
+
+def test_predict_reads_pictures(
+    run_cli: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
+    (tmp_path / "mine").mkdir()
+    for index, digit in enumerate(digits[:3]):
+        save(tmp_path / f"mine/{index}.png", Image.fromarray(on_paper(enlarge(digit, 140))))
+    save(tmp_path / "mine/blank.png", Image.new("L", (50, 50), 200))
+    capsys.readouterr()
+
+    without_data = ["--data.root=nowhere", "--data.dataset=mnist"]
+    assert run_cli("predict", "--ckpt_path=best", "--data.images", "mine", *without_data, data=False) == 0
+    out = capsys.readouterr().out
+    run = newest_run(tmp_path)
+    with (run / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["mine/0.png", "mine/1.png", "mine/2.png", "mine/blank.png"]
+    assert rows[-1]["digit"] == "blank"
+    mlp, _ = read_network(run.parent / "version_0/checkpoints/best.ckpt")
+    seen = torch.tensor(stack([read(tmp_path / row["file"]) for row in rows[:3]]))
+    (best, runner_up), (digit, second) = (pair.T for pair in mlp(seen.float()).softmax(1).topk(2))
+    for index, row in enumerate(rows[:3]):
+        assert (row["digit"], row["runner_up"]) == (str(int(digit[index])), str(int(second[index])))
+        assert float(row["probability"]) == pytest.approx(float(best[index]), abs=1e-4)
+        assert float(row["runner_up_probability"]) == pytest.approx(float(runner_up[index]), abs=1e-4)
+        assert f"{float(row['probability']):.1%}" in out
+    assert "Reading 4 pictures" in out
+    assert (run / "figures/pictures.png").stat().st_size > 10_000
+
+    (tmp_path / "mine/note\x1b.png").write_text("no picture")
+    bomb(tmp_path / "mine/bomb.png")
+    assert run_cli("predict", "--ckpt_path=best", "--data.images", "mine/0.png", "mine/[bn]*", data=False) == 1
+    captured = capsys.readouterr()
+    assert "Skipped: mine/bomb.png has more than" in captured.err
+    assert "Skipped: mine/note?.png is none of" in captured.err
+    assert captured.err.splitlines()[-1] == "mnist_lightning: 2 of 4 files could not be read as pictures"
+    assert (newest_run(tmp_path) / "predictions.csv").read_text().count("\n") == 1 + 2
+
+    for arguments, says in (
+        (["predict", "--ckpt_path=best", "--data.images", "none.png"], "there is no picture none.png"),
+        (["test", "--ckpt_path=best", "--data.images=[mine]"], "only `predict` reads pictures"),
+    ):
+        assert run_cli(*arguments, data=False) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_progress_bar_from_100_pictures_on(
+    run_cli: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
+    (tmp_path / "mine").mkdir()
+    for index in range(120):
+        save(tmp_path / f"mine/{index:03}.png", as_picture(digits[index % 10]))
+    for pattern, bar in (("mine/0*", True), ("mine/00*", False)):
+        capsys.readouterr()
+        assert run_cli("predict", "--ckpt_path=best", "--data.images", pattern, data=False) == 0
+        assert ("Reading pictures" in capsys.readouterr().out) is bar
+    assert run_cli("predict", "--ckpt_path=best", "--data.images", "mine", data=False) == 0
+    assert "and 20 more in predictions.csv" in capsys.readouterr().out
+
+
+def paste(digit: Array, random: Random) -> Image.Image:
+    """A digit, 24 to 800 pixels high, on a larger canvas: tinted, maybe inverted, blurred, shaded, and noisy."""
+    height = round(float(np.exp(random.uniform(np.log(24), np.log(800)))))
+    side = round(28 * height / 20)
+    ink = Image.fromarray((digit * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    width, depth = (side + int(random.uniform(0, 2 * side)) for _ in range(2))
+    canvas = Image.new("L", (width, depth))
+    canvas.paste(ink, (int(random.integers(width - side + 1)), int(random.integers(depth - side + 1))))
+    if random.random() < 0.5:
+        canvas = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.03) * height))
+
+    dark, light = random.uniform(0, 0.3, 3), random.uniform(0.65, 1, 3)
+    paper, pen = (dark, light) if random.random() < 0.5 else (light, dark)
+    picture = paper + (pen - paper) * (np.asarray(canvas) / 255)[..., None]
+    if random.random() < 0.6:  # light from one side
+        turn = random.uniform(0, 2 * np.pi)
+        y, x = np.mgrid[0 : 1 : depth * 1j, 0 : 1 : width * 1j]
+        ramp = np.cos(turn) * x + np.sin(turn) * y
+        picture *= (1 - random.uniform(0, 0.5) * (ramp - ramp.min()) / np.ptp(ramp))[..., None]
+    if random.random() < 0.4:  # the shadow of something with a straight edge
+        turn, through = random.uniform(0, 2 * np.pi), random.uniform((0, 0), (width, depth))
+        along = 2 * (width + depth) * np.array([np.cos(turn), np.sin(turn)])
+        across = np.array([-along[1], along[0]])
+        shadow = Image.new("L", (width, depth))
+        corners = (through - along, through + along, through + along + across, through - along + across)
+        ImageDraw.Draw(shadow).polygon([(float(x), float(y)) for x, y in corners], fill=255)
+        shadow = shadow.filter(ImageFilter.GaussianBlur(random.uniform(0.01, 0.1) * max(width, depth)))
+        picture *= (1 - random.uniform(0.1, 0.5) * np.asarray(shadow) / 255)[..., None]
+    picture = picture * 255 + random.normal(0, random.uniform(0, 10), picture.shape)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+# 98.8% of 1,932 were read right with 2,000 digits, which takes minutes.
+DIGITS = 300
+
+
+@pytest.mark.slow
+def test_nearly_all_pasted_digits_are_read_right(run_cli: RunCLI, mnist_root: str, tmp_path: Path) -> None:
+    assert run_cli("fit", f"--data.root={mnist_root}", "--test_after_fit=false", data=False) == 0
+    mlp, _ = read_network(tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt")
+    images, labels = (part[:DIGITS] for part in prepare("mnist", Path(mnist_root)).test)
+
+    def right(pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.eq(mlp(pixels).argmax(1), labels)
+
+    clean = right(images)
+    random = np.random.default_rng(0)
+    for index, image in enumerate(images):
+        paste(image.reshape(28, 28).numpy(), random).save(
+            tmp_path / f"{index:04}.jpg", quality=int(random.integers(50, 96))
+        )
+    seen = list(pictures.read_all(sorted(tmp_path.glob("*.jpg"))))
+    pasted = right(torch.tensor(stack(seen)).float())
+    print(f"{pasted[clean].float().mean():.2%} of {clean.sum():,} are read right")
+    assert pasted[clean].float().mean() >= 0.96
