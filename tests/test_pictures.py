@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import RunCLI, newest_run, prepare
-from PIL import Image, ImageDraw, ImageFilter
+from paste import paste
+from PIL import Image
 from torch import Tensor
 
 from mnist_lightning import pictures
@@ -18,13 +19,12 @@ from mnist_lightning.checkpoints import read_network
 from mnist_lightning.pictures import PictureError, find, find_ink, normalise, read
 
 Array = npt.NDArray[Any]
-Random = np.random.Generator
 
 
 @pytest.fixture(scope="module")
 def digits(root: Path) -> Array:
     """Ten stand-in digits, (10, 28, 28) in [0, 1]."""
-    images: Array = prepare("synthetic", root).test[0][:10].reshape(-1, 28, 28).double().numpy()
+    images: Array = np.array(prepare("synthetic", root).test[0][:10].reshape(-1, 28, 28).tolist())
     return images
 
 
@@ -38,7 +38,8 @@ def on_paper(ink: Array, paper: Any = 255, pen: Any = 0) -> Array:
     """A picture, (H, W) or (H, W, 3) bytes, of a digit somewhere on a larger canvas."""
     canvas = np.pad(ink, ((30, 110), (90, 40)))
     paper, pen = np.asarray(paper, dtype=float), np.asarray(pen, dtype=float)
-    return (paper + (pen - paper) * (canvas[..., None] if paper.ndim else canvas)).round().astype(np.uint8)
+    picture: Array = paper + (pen - paper) * (canvas[..., None] if paper.ndim else canvas)
+    return picture.round().astype(np.uint8)
 
 
 def likeness(one: Array | None, other: Array | None) -> float:
@@ -283,38 +284,6 @@ def test_a_progress_bar_from_100_pictures_on(
         assert ("Reading pictures" in capsys.readouterr().out) is bar
     assert run_cli("predict", "--ckpt_path=best", "--data.images", "mine", data=False) == 0
     assert "and 20 more in predictions.csv" in capsys.readouterr().out
-
-
-def paste(digit: Array, random: Random) -> Image.Image:
-    """A digit, 24 to 800 pixels high, on a larger canvas: tinted, maybe inverted, blurred, shaded, and noisy."""
-    height = round(float(np.exp(random.uniform(np.log(24), np.log(800)))))
-    side = round(28 * height / 20)
-    ink = Image.fromarray((digit * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    width, depth = (side + int(random.uniform(0, 2 * side)) for _ in range(2))
-    canvas = Image.new("L", (width, depth))
-    canvas.paste(ink, (int(random.integers(width - side + 1)), int(random.integers(depth - side + 1))))
-    if random.random() < 0.5:
-        canvas = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.03) * height))
-
-    dark, light = random.uniform(0, 0.3, 3), random.uniform(0.65, 1, 3)
-    paper, pen = (dark, light) if random.random() < 0.5 else (light, dark)
-    picture = paper + (pen - paper) * (np.asarray(canvas) / 255)[..., None]
-    if random.random() < 0.6:  # light from one side
-        turn = random.uniform(0, 2 * np.pi)
-        y, x = np.mgrid[0 : 1 : depth * 1j, 0 : 1 : width * 1j]
-        ramp = np.cos(turn) * x + np.sin(turn) * y
-        picture *= (1 - random.uniform(0, 0.5) * (ramp - ramp.min()) / np.ptp(ramp))[..., None]
-    if random.random() < 0.4:  # the shadow of something with a straight edge
-        turn, through = random.uniform(0, 2 * np.pi), random.uniform((0, 0), (width, depth))
-        along = 2 * (width + depth) * np.array([np.cos(turn), np.sin(turn)])
-        across = np.array([-along[1], along[0]])
-        shadow = Image.new("L", (width, depth))
-        corners = (through - along, through + along, through + along + across, through - along + across)
-        ImageDraw.Draw(shadow).polygon([(float(x), float(y)) for x, y in corners], fill=255)
-        shadow = shadow.filter(ImageFilter.GaussianBlur(random.uniform(0.01, 0.1) * max(width, depth)))
-        picture *= (1 - random.uniform(0.1, 0.5) * np.asarray(shadow) / 255)[..., None]
-    picture = picture * 255 + random.normal(0, random.uniform(0, 10), picture.shape)
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
 # 98.8% of 1,932 were read right with 2,000 digits, which takes minutes.
