@@ -23,7 +23,8 @@ COMPARED = 1000
 
 def data(arguments: list[str]) -> None:
     """Get and verify the data, and print what the tutorial prints of them."""
-    parser = _data_parser("data", "Get and verify the data without training.")
+    parser = _parser("data", "Get and verify the data without training.")
+    parser.add_lightning_class_args(MNISTDataModule, "data")
     parser.add_argument("--figure", type=str, default="digits.png", help="PNG file for a figure of training digits")
     config = parser.parse_args(arguments)
     data = _read_data(parser, config, "fit", "test")
@@ -42,7 +43,7 @@ def data(arguments: list[str]) -> None:
 
 def demo(arguments: list[str]) -> None:
     """Write a page to draw on, and open it in the browser."""
-    parser = Parser(prog="mnist_lightning demo", description="Write a page to draw digits on, and open it.")
+    parser = _parser("demo", "Write a page to draw digits on, and open it.")
     _add_checkpoint(parser)
     parser.add_argument("--output", type=str, default="demo.html", help="HTML file to write")
     parser.add_argument("--open", type=bool, default=True, help="Open it in the browser")
@@ -57,12 +58,11 @@ def demo(arguments: list[str]) -> None:
 
 def export_network(arguments: list[str]) -> None:
     """Write a network for another runtime, and compare what it reads there."""
-    parser = _data_parser("export", "Write a trained network for another runtime, load it there, and compare.")
+    parser = _parser("export", "Write a trained network for another runtime, load it there, and compare.")
+    parser.add_lightning_class_args(MNISTDataModule, "data")
     _add_checkpoint(parser)
     parser.add_argument("--format", type=Format, required=True, help=f"One of {', '.join(get_args(Format))}")
-    parser.add_argument(
-        "--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors"
-    )
+    parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors")
     config = parser.parse_args(arguments)
     mlp, trained_on = _network(config.ckpt_path)
     images = _read_data(parser, config, "test").test[0][:COMPARED]
@@ -74,10 +74,9 @@ def export_network(arguments: list[str]) -> None:
 COMMANDS = {"data": data, "demo": demo, "export": export_network}
 
 
-def _data_parser(name: str, description: str) -> Parser:
+def _parser(name: str, description: str) -> Parser:
     parser = Parser(prog=f"mnist_lightning {name}", description=description)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in yaml format")
-    parser.add_lightning_class_args(MNISTDataModule, "data")
     return parser
 
 

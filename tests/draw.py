@@ -1,0 +1,39 @@
+"""Draw a 3 on the page that `demo` writes: `python tests/draw.py demo.html page.png` takes the README's picture."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from playwright.sync_api import sync_playwright
+from scipy.interpolate import make_interp_spline
+
+# On the drawing surface, from 0 to 1 along both axes.
+POINTS = [
+    (0.3, 0.22),
+    (0.52, 0.14),
+    (0.66, 0.27),
+    (0.57, 0.43),
+    (0.44, 0.48),
+    (0.62, 0.53),
+    (0.7, 0.68),
+    (0.54, 0.85),
+    (0.28, 0.8),
+]
+
+page_file, picture_file = map(Path, sys.argv[1:])
+with sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+    page = browser.new_page(viewport={"width": 1000, "height": 720})
+    page.goto(page_file.resolve().as_uri())
+    surface = page.locator("#surface").bounding_box()
+    assert surface
+    curve = make_interp_spline(range(len(POINTS)), POINTS)
+    for index, (across, down) in enumerate(curve(np.linspace(0, len(POINTS) - 1, 100)).tolist()):
+        page.mouse.move(surface["x"] + across * surface["width"], surface["y"] + down * surface["height"])
+        if index == 0:
+            page.mouse.down()
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    page.screenshot(path=picture_file)
+    browser.close()
