@@ -1,6 +1,5 @@
 """MNIST as minibatches: split it as the tutorial does and hand out loaders on the Trainer's device."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from math import ceil, gcd
 from pathlib import Path
@@ -21,9 +20,6 @@ from mnist_lightning.loader import DeviceLoader
 from mnist_lightning.model import PIXELS
 
 TRAIN_FILE_SIZE = 60_000
-
-# Pictures are read in the blink of an eye; so many take half a second and more.
-BAR_FROM = 100
 
 
 class MNISTDataModule(pl.LightningDataModule):
@@ -72,7 +68,7 @@ class MNISTDataModule(pl.LightningDataModule):
         val_size: int = 5000,
         seed: int = 0,
         distortions: bool | Distortions = False,
-        images: Sequence[str] = (),
+        images: list | None = None,  # type: ignore[type-arg] # jsonargparse takes 4 ms for each item of a typed one
     ) -> None:
         super().__init__()
         for name, value in {"batch_size": batch_size, "steps_per_execution": steps_per_execution}.items():
@@ -91,8 +87,8 @@ class MNISTDataModule(pl.LightningDataModule):
         if isinstance(distortions, dict):  # a checkpoint's, by `load_from_checkpoint`
             distortions = Distortions(**distortions)
         self.distortions = Distortions() if distortions is True else distortions or None
-        self._pictures = pictures.find(images)
-        self.readings: dict[Path, pictures.Array | pictures.PictureError | None] = {}
+        self._pictures = pictures.find(list(map(str, images or ())))
+        self.readings: dict[Path, pictures.Reading] = {}
         self._steps_per_execution = steps_per_execution
         self._raw = Path()
         self._trainer_settings: tuple[Any, Any] | None = None
@@ -132,7 +128,8 @@ class MNISTDataModule(pl.LightningDataModule):
                 pictures.read_all(self._pictures),
                 "Reading pictures",
                 len(self._pictures),
-                disable=len(self._pictures) < BAR_FROM or not (self.trainer is None or self.trainer.is_global_zero),
+                disable=len(self._pictures) < pictures.MANY
+                or not (self.trainer is None or self.trainer.is_global_zero),
             )
             self.readings = dict(zip(self._pictures, readings, strict=True))
             return
