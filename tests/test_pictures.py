@@ -286,7 +286,7 @@ def test_a_progress_bar_from_100_pictures_on(
     assert "and 20 more in predictions.csv" in capsys.readouterr().out
 
 
-# 98.8% of 1,932 were read right with 2,000 digits, which takes minutes.
+# 98.7% of 1,932 were read right with 2,000 digits, which takes minutes.
 DIGITS = 300
 
 
