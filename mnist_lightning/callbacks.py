@@ -352,15 +352,13 @@ class PictureReport(PredictionWriter):
                 rows.append([file, first, f"{p:.4f}", second, f"{q:.4f}"])
             if len(drawn) < PICTURES_DRAWN:
                 picture = pictures.load(file)
-                picture.thumbnail((160, 160))
+                picture.thumbnail((120, 120))
                 drawn.append((picture, reading, row.numpy(), printable(file.name)))
         say(_table(rows))
         if drawn:
-            heading = (
-                f"{len(rows):,} pictures"
-                if len(rows) == len(drawn)
-                else f"the first {len(drawn)} of {len(rows):,} pictures"
-            )
+            heading = "What the network read"
+            if len(rows) > len(drawn):
+                heading += f": the first {len(drawn)} of {len(rows):,} pictures"
             _save({"pictures": plots.pictures_read(drawn, heading)}, trainer, pl_module)
         return rows
 

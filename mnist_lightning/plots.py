@@ -63,11 +63,11 @@ def pictures_read(readings: Sequence[tuple[Image.Image, Array | None, Array, str
     """
     columns = min(3, len(readings))
     rows = -(-len(readings) // columns)
-    height = 1.6 * rows + 0.6
-    figure = Figure(figsize=(4.2 * columns, height))
+    height = 1.4 * rows + 0.6
+    figure = Figure(figsize=(3.6 * columns, height))
     figure.suptitle(heading, y=1 - 0.15 / height, va="top")
     # By hand: the layout engines take seconds for so many axes.
-    figure.subplots_adjust(0.01, 0.2 / height, 0.99, 1 - 0.75 / height, wspace=0.1, hspace=0.4)
+    figure.subplots_adjust(0.01, 0.2 / height, 0.99, 1 - 0.7 / height, wspace=0.1, hspace=0.4)
     blocks = figure.subplots(rows, 4 * columns, width_ratios=(1, 1, 1.6, 0.2) * columns, squeeze=False).reshape(-1, 4)
     for axes in blocks.flat:
         axes.axis("off")
