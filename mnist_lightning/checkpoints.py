@@ -146,7 +146,7 @@ def read_network(path: Path) -> tuple[MLP, str]:
     classifier.load_state_dict(checkpoint["state_dict"])
     iteration = checkpoint["global_step"]
     dataset = NAMES[checkpoint["datamodule_hyper_parameters"]["dataset"]]
-    return classifier.mlp.float().eval(), f"{dataset}, {iteration:,} iterations"
+    return classifier.mlp.float().eval().requires_grad_(False), f"{dataset}, {iteration:,} iterations"
 
 
 def _check_optimizer(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:

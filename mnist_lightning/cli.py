@@ -282,6 +282,8 @@ def _with_list(name: str, arguments: list[str]) -> list[str]:
         return arguments
     at = arguments.index(name) + 1
     end = next((end for end in range(at, len(arguments)) if arguments[end].startswith("--")), len(arguments))
+    if at == end:
+        raise UsageError(f"{name.lstrip('-')}: which? Give files, folders or globs")
     return [*arguments[: at - 1], f"{name}={json.dumps(arguments[at:end])}", *arguments[end:]]
 
 

@@ -266,6 +266,8 @@ def test_predict_reads_pictures(
     for arguments, says in (
         (["predict", "--ckpt_path=best", "--data.images", "none.png"], "there is no picture none.png"),
         (["test", "--ckpt_path=best", "--data.images=[mine]"], "only `predict` reads pictures"),
+        (["predict", "--data.images", "--ckpt_path=best"], "data.images: which?"),
+        (["predict", "--ckpt_path=best", "--data.images=mine"], "data.images"),
     ):
         assert run_cli(*arguments, data=False) == 2
         assert says in capsys.readouterr().err
