@@ -312,20 +312,29 @@ class PredictionWriter(Callback):
         self._probabilities.append(gather(trainer, outputs))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = run_directory(trainer)
         probabilities = torch.cat(self._probabilities).cpu().float()
         self._probabilities = []
-        if folder is None:
+        if not trainer.is_global_zero:
             return
-        rows = self.rows(probabilities, trainer, pl_module)
-        with (folder / "predictions.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([self.header, *rows])
+        rows = self.rows(probabilities, trainer)
+        if folder := run_directory(trainer):
+            # Names of files need not be text.
+            with (folder / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                writer = csv.writer(file)
+                writer.writerow(self.header)
+                writer.writerows([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+        self.report(rows, probabilities, trainer, pl_module)
 
-    def rows(self, probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[list[Any]]:
+    def rows(self, probabilities: Tensor, trainer: pl.Trainer) -> list[list[Any]]:
         """The rows of the file from (N, 10) probabilities."""
-        say(f"Predicted {len(probabilities):,} digits")
         best, digits = (column.tolist() for column in probabilities.max(dim=1))
-        return [[image, digit, f"{p:.4f}"] for image, (digit, p) in enumerate(zip(digits, best, strict=True))]
+        return [[image, digit, p] for image, (digit, p) in enumerate(zip(digits, best, strict=True))]
+
+    def report(
+        self, rows: list[list[Any]], probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Say on the console what is in the file."""
+        say(f"Predicted {len(rows):,} digits")
 
 
 class PictureReport(PredictionWriter):
@@ -336,21 +345,27 @@ class PictureReport(PredictionWriter):
 
     header: ClassVar = ["file", "digit", "probability", "runner_up", "runner_up_probability"]
 
-    def rows(self, probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[list[Any]]:
-        rows: list[list[Any]] = []
-        drawn: list[tuple[Image, Array | None, Array, str]] = []
+    def rows(self, probabilities: Tensor, trainer: pl.Trainer) -> list[list[Any]]:
         best, digits = (pair.tolist() for pair in probabilities.topk(2))
-        for (file, reading), (p, q), (first, second), row in zip(
-            _data(trainer).readings.items(), best, digits, probabilities, strict=True
+        rows: list[list[Any]] = []
+        # Not strict: `limit_predict_batches` may leave out the last ones.
+        for (file, reading), (p, q), (digit, runner_up) in zip(
+            _data(trainer).readings.items(), best, digits, strict=False
         ):
-            if isinstance(reading, PictureError):
-                print(printable(f"Skipped: {file} {reading}"), file=sys.stderr)
-                continue
             if reading is None:
                 rows.append([file, "blank", "", "", ""])
-            else:
-                rows.append([file, first, f"{p:.4f}", second, f"{q:.4f}"])
-            if len(drawn) < PICTURES_DRAWN:
+            elif not isinstance(reading, PictureError):
+                rows.append([file, digit, p, runner_up, q])
+        return rows
+
+    def report(
+        self, rows: list[list[Any]], probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        drawn: list[tuple[Image, Array | None, Array, str]] = []
+        for (file, reading), row in zip(_data(trainer).readings.items(), probabilities, strict=False):
+            if isinstance(reading, PictureError):
+                print(printable(f"Skipped: {file} {reading}"), file=sys.stderr)
+            elif len(drawn) < PICTURES_DRAWN:
                 picture = pictures.load(file)
                 picture.thumbnail((120, 120))
                 drawn.append((picture, reading, row.numpy(), printable(file.name)))
@@ -360,17 +375,14 @@ class PictureReport(PredictionWriter):
             if len(rows) > len(drawn):
                 heading += f": the first {len(drawn)} of {len(rows):,} pictures"
             _save({"pictures": plots.pictures_read(drawn, heading)}, trainer, pl_module)
-        return rows
 
 
 def _table(rows: Sequence[Sequence[Any]]) -> str:
     table = Table("Picture", box=box.SIMPLE_HEAD)
     for heading in ("Digit", "Probability", "Runner-up"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for file, digit, p, second, q in rows[:PICTURES_LISTED]:
-        numbers = (
-            ("blank", "", "") if digit == "blank" else (str(digit), f"{float(p):.1%}", f"{second} ({float(q):.1%})")
-        )
+    for file, digit, p, runner_up, q in rows[:PICTURES_LISTED]:
+        numbers = ("blank", "", "") if digit == "blank" else (str(digit), f"{p:.1%}", f"{runner_up} ({q:.1%})")
         table.add_row(Text(printable(str(file)), overflow="fold"), *numbers)
     console = Console()
     with console.capture() as text:

@@ -278,10 +278,14 @@ class CLI(LightningCLI):
 
 def _with_list(name: str, arguments: list[str]) -> list[str]:
     """Arguments with all values that follow one, as a shell makes them of `*.png`, as the list that they are."""
+    for at, argument in enumerate(arguments):
+        if argument.startswith(f"{name}=") and not argument.startswith(f"{name}=["):
+            arguments = [*arguments[:at], *argument.split("=", 1), *arguments[at + 1 :]]
+            break
     if name not in arguments:
         return arguments
     at = arguments.index(name) + 1
-    end = next((end for end in range(at, len(arguments)) if arguments[end].startswith("--")), len(arguments))
+    end = next((end for end in range(at, len(arguments)) if arguments[end].startswith("-")), len(arguments))
     if at == end:
         raise UsageError(f"{name.lstrip('-')}: which? Give files, folders or globs")
     return [*arguments[: at - 1], f"{name}={json.dumps(arguments[at:end])}", *arguments[end:]]

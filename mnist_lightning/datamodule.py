@@ -122,8 +122,14 @@ class MNISTDataModule(pl.LightningDataModule):
                         )
 
     def setup(self, stage: str) -> None:
-        """Read and split what `stage` needs: `fit`, `validate`, `test` or `predict`."""
+        """Read and split what `stage` needs: `fit`, `validate`, `test` or `predict`.
+
+        Raises:
+            MisconfigurationException: There are pictures, and `stage` is not `predict`.
+        """
         if self._pictures:
+            if stage != "predict":
+                raise MisconfigurationException("data.images: only `predict` reads pictures")
             readings = track(
                 pictures.read_all(self._pictures),
                 "Reading pictures",

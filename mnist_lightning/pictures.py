@@ -1,10 +1,11 @@
 """Strangers' pictures of one digit each, cleaned as MNIST was made."""
 
 import math
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from operator import itemgetter
-from os import cpu_count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -70,7 +71,9 @@ def _files(path: Path) -> Iterable[Path]:
 
 def read_all(paths: Sequence[Path]) -> Iterator[Reading]:
     """What `read` returns or raises for each file; many are read on all CPU cores."""
-    workers = (cpu_count() or 1) if len(paths) >= MANY else 0
+    # SLURM and containers may allow but some of the machine's.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores if len(paths) >= MANY else 0
     for readings in DataLoader(_Readings(paths), batch_size=20, num_workers=workers, collate_fn=list):
         yield from readings
 
@@ -108,16 +111,16 @@ def load(path: Path) -> Image.Image:
         PictureError: The file is no picture, is damaged, or has too many pixels.
     """
     try:
-        with Image.open(path, formats=FORMATS) as picture:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and picture.width * picture.height > limit:  # where Pillow would only warn
-                raise Image.DecompressionBombError
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=FORMATS)
+        with picture:
             # Much faster: a large JPEG is decoded at a half, a quarter or an eighth of its size.
             picture.draft(None, (2 * VIEW, 2 * VIEW))
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)
-            return picture
-    except Image.DecompressionBombError:
+            return _to_8_bits(picture) if picture.mode.startswith(("I", "F")) else picture
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be an attack") from None
     except UnidentifiedImageError:
         raise PictureError(f"is none of {', '.join(FORMATS)}") from None
@@ -125,6 +128,13 @@ def load(path: Path) -> Image.Image:
         raise PictureError(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever a damaged file may lead to
         raise PictureError(f"is damaged: {error}") from error
+
+
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    # From the darkest to the brightest: of 16 bits a camera may use but some.
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+    low, high = values.min(), values.max()
+    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
 
 
 def find_ink(picture: Image.Image) -> Array:
@@ -157,18 +167,14 @@ def find_ink(picture: Image.Image) -> Array:
 
 
 def _grey(picture: Image.Image) -> Image.Image:
-    """A picture of whatever mode in mode L: one value for each pixel, 0 to 255."""
-    if picture.mode.startswith(("I", "F")):  # 16 bits or more, of which a camera may use but some
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-        low, high = values.min(), values.max()
-        return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    """A picture of at most 8 bits a channel in mode L: one value for each pixel, 0 to 255."""
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     if picture.mode in ("1", "L"):
         return picture.convert("L")
     picture = picture.convert("RGB")
-    # Along the direction in which neighbouring colours differ most: a red digit may be as bright as its green ground.
+    # Along the principal component of the differences of neighbours: red ink may be as bright as green paper.
     few = np.asarray(picture.reduce(math.ceil(max(picture.size) / 100)), dtype=np.float64)
     differences = (few - ndimage.uniform_filter(few, (9, 9, 1), mode="nearest")).reshape(-1, 3)
     axis = np.linalg.eigh(differences.T @ differences)[1][:, -1]
@@ -178,7 +184,7 @@ def _grey(picture: Image.Image) -> Image.Image:
 
 def _without_noise(grey: Image.Image) -> Image.Image:
     # Where there is none, most neighbours are equal.
-    if np.median(np.abs(np.diff(np.asarray(grey)[::4].astype(np.int16), 2))) < 1:
+    if grey.width < 3 or np.median(np.abs(np.diff(np.asarray(grey)[::4].astype(np.int16), 2))) < 1:
         return grey
     return grey.filter(ImageFilter.GaussianBlur(max(0.7, max(grey.size) / 150)))
 

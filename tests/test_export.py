@@ -66,8 +66,10 @@ def test_a_file_that_reads_differently_is_no_success(tmp_path: Path, monkeypatch
         torch.jit.save(torch.jit.trace(other, torch.zeros(1, 784)), path)
 
     monkeypatch.setattr(export_module, "_write_torchscript", write)
+    (tmp_path / "x.pt").write_text("the last one")
     with pytest.raises(ExportError, match="differ from PyTorch's"):
         export(MLP(17), "torchscript", str(tmp_path / "x.pt"), torch.rand(5, 784), "nothing")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the last one"]
 
 
 def test_a_network_of_nan_is_no_success(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import csv
+import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -263,11 +264,22 @@ def test_predict_reads_pictures(
     assert captured.err.splitlines()[-1] == "mnist_lightning: 2 of 4 files could not be read as pictures"
     assert (newest_run(tmp_path) / "predictions.csv").read_text().count("\n") == 1 + 2
 
+    # A name in Latin-1, no run's directory, fewer minibatches than pictures, another setting after the pictures.
+    (tmp_path / "mine/0.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/mine/\xe9.png"))
+    assert run_cli("predict", "--ckpt_path=best", "--data.images=mine/?.png", data=False) == 0
+    assert b"mine/\xe9.png," in (newest_run(tmp_path) / "predictions.csv").read_bytes()
+    capsys.readouterr()
+    few = ["--trainer.limit_predict_batches=1", "--data.batch_size=2", "--trainer.logger=false"]
+    assert run_cli("predict", "--data.images", "mine", "--ckpt_path=best", *few, data=False) == 1
+    captured = capsys.readouterr()
+    assert "mine/2.png" in captured.out
+    assert "mine/blank.png" not in captured.out
+
     for arguments, says in (
         (["predict", "--ckpt_path=best", "--data.images", "none.png"], "there is no picture none.png"),
         (["test", "--ckpt_path=best", "--data.images=[mine]"], "only `predict` reads pictures"),
         (["predict", "--data.images", "--ckpt_path=best"], "data.images: which?"),
-        (["predict", "--ckpt_path=best", "--data.images=mine"], "data.images"),
+        (["data", "--data.images=[mine]"], "only `predict` reads pictures"),
     ):
         assert run_cli(*arguments, data=False) == 2
         assert says in capsys.readouterr().err
