@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 28
+from mnist_lightning.model import SIDE
 
 
 @dataclass(frozen=True)

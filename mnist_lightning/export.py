@@ -118,8 +118,6 @@ def _write_safetensors(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
 
 def _load_safetensors(path: Path) -> Callable[[Tensor], Tensor]:
     weights = _library("safetensors.torch").load_file(path)
-    hidden, output = (torch.nn.Linear(*weights[f"{name}.weight"].shape[::-1]) for name in ("hidden", "output"))
-    network = torch.nn.Sequential(hidden, torch.nn.ReLU(), output)
-    for layer, name in ((hidden, "hidden"), (output, "output")):
-        layer.load_state_dict({key: weights[f"{name}.{key}"] for key in ("weight", "bias")})
+    network = MLP(len(weights["hidden.bias"]))
+    network.load_state_dict(weights)
     return network

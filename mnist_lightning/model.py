@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PIXELS = 28 * 28
+SIDE = 28
+PIXELS = SIDE**2
 CLASSES = 10
 
 

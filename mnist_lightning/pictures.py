@@ -15,13 +15,15 @@ from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 
+from mnist_lightning.model import SIDE
+
 Array: TypeAlias = npt.NDArray[Any]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # MNIST's digits were fitted into a box of 20 pixels and put into a field of 28 by their centre of mass.
-SIDE, BOX = 28, 20
+BOX = 20
 
 # A digit is looked for at so many pixels along the longer side at most, and then anew in what was found.
 VIEW = 280

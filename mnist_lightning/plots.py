@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from mnist_lightning.model import CLASSES
+from mnist_lightning.model import CLASSES, SIDE
 from mnist_lightning.pictures import Array
 
 TRAIN_COLOR, VAL_COLOR = "#4878a8", "#d1602a"
@@ -26,7 +26,7 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
     for index, axes in enumerate(figure.subplots(3, 3).flat):
         axes.axis("off")
         if index < min(len(images), 9):
-            axes.imshow(images[index].reshape(28, 28).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(images[index].reshape(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(titles[index], fontsize=10)
     if len(images) == 0:
         figure.text(0.5, 0.5, "none", ha="center", va="center", color="gray", fontsize=16)
@@ -46,7 +46,7 @@ def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:
     figure.suptitle(heading)
     pictures = {"original": images[:, None], "each epoch another distortion": copies}
     for axes, (title, picture) in zip(figure.subplots(1, 2, width_ratios=(1, columns)), pictures.items(), strict=True):
-        tiles = picture.reshape(rows, -1, 28, 28).transpose(1, 2).flatten(2).flatten(0, 1)
+        tiles = picture.reshape(rows, -1, SIDE, SIDE).transpose(1, 2).flatten(2).flatten(0, 1)
         axes.imshow(tiles.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
@@ -74,7 +74,9 @@ def pictures_read(readings: Sequence[tuple[Image.Image, Array | None, Array, str
     for (picture, seen, probabilities, name), (given, network, bars, _) in zip(readings, blocks, strict=False):
         given.imshow(np.asarray(picture.convert("RGBA")))
         given.set_title(name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", fontsize=9, parse_math=False)
-        network.imshow(np.zeros((28, 28)) if seen is None else seen.reshape(28, 28), cmap="gray_r", vmin=0, vmax=1)
+        network.imshow(
+            np.zeros((SIDE, SIDE)) if seen is None else seen.reshape(SIDE, SIDE), cmap="gray_r", vmin=0, vmax=1
+        )
         network.set_title("as seen", fontsize=9)
         network.axis("on")
         network.set(xticks=(), yticks=())
