@@ -63,6 +63,8 @@ class MNISTClassifier(pl.LightningModule):
         super().__init__()
         if hidden_dim < 1:
             raise ValueError(f"hidden_dim must be at least 1, not {hidden_dim}")
+        if learning_rate_schedule not in ("constant", "one_cycle"):
+            raise ValueError(f"learning_rate_schedule must be constant or one_cycle, not {learning_rate_schedule}")
         for name, value in {"learning_rate": learning_rate, "init_std": init_std}.items():
             if not (0 < value < math.inf):
                 raise ValueError(f"{name} must be a finite number above 0, not {value}")

@@ -393,6 +393,7 @@ def test_checkpoints_are_saved_at_the_iterations_asked_for(root: Path, tmp_path:
     [
         {"hidden_dim": 0},
         *({"learning_rate": value} for value in (0.0, -1.0, math.nan, math.inf)),
+        {"learning_rate_schedule": "cosine"},
         {"init_std": 0.0},
         {"weight_decay": -0.1},
         {"weight_decay": math.inf},
