@@ -168,7 +168,8 @@ def test_in_float32_the_first_iterations_are_those_of_one_process(
     one, several = tmp_path / "one", tmp_path / "several"
     assert ended([start(one, settings, output="output_0.txt")]) == [0], output(one)
     assert ended(start_all(several, settings, 2)) == [0, 0], output(several)
-    assert difference(newest_run(one), newest_run(several)) < 1e-5
+    # Below 1e-5 on most CPUs; 1.8e-5 on some, whose products of half a minibatch add up in another order.
+    assert difference(newest_run(one), newest_run(several)) < 5e-5
 
 
 def test_minibatches_smaller_than_the_number_of_processes_count_once(
