@@ -164,12 +164,12 @@ def test_a_run_on_several_processes_is_the_run_on_one(
 def test_in_float32_the_first_iterations_are_those_of_one_process(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll
 ) -> None:
-    settings = [*small(root), "--trainer.max_steps=10", "--test_after_fit=false"]
+    # With seed 0 the input of one hidden unit is so near 0 that on some CPUs rounding decides whether the unit is on.
+    settings = [*small(root), "--trainer.max_steps=10", "--test_after_fit=false", "--seed_everything=2"]
     one, several = tmp_path / "one", tmp_path / "several"
     assert ended([start(one, settings, output="output_0.txt")]) == [0], output(one)
     assert ended(start_all(several, settings, 2)) == [0, 0], output(several)
-    # Below 1e-5 on most CPUs; 1.8e-5 on some, whose products of half a minibatch add up in another order.
-    assert difference(newest_run(one), newest_run(several)) < 5e-5
+    assert difference(newest_run(one), newest_run(several)) < 1e-5
 
 
 def test_minibatches_smaller_than_the_number_of_processes_count_once(
