@@ -69,7 +69,7 @@ class Distortions:
             # -1 to 1, edge to edge, so that a pixel is 2 / 28 wide.
             x = torch.arange(1 - SIDE, SIDE, 2, dtype=dtype, device=images.device) / SIDE
             y = x[:, None]
-            # On a CPU, `affine_grid`, a product of small matrices for each image, takes longer than all else here.
+            # On a CPU, `affine_grid`, a product of small matrices for each image, takes about as long as all else here.
             by_x, by_y, shift = self._affine(affine)[..., None, None].unbind(2)
             source = (by_x * x + shift) + by_y * y  # the first sum is of rows
             if self.elastic:
