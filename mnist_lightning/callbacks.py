@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, RichProgressBar
@@ -20,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
-from PIL.Image import Image
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -361,7 +362,7 @@ class PictureReport(PredictionWriter):
     def report(
         self, rows: list[list[Any]], probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
-        drawn: list[tuple[Image, Array | None, Array, str]] = []
+        drawn: list[tuple[Image.Image, Array | None, Array, str]] = []
         for (file, reading), row in zip(_data(trainer).readings.items(), probabilities, strict=False):
             if isinstance(reading, PictureError):
                 print(printable(f"Skipped: {file} {reading}"), file=sys.stderr)
@@ -446,9 +447,12 @@ def _save(figures: dict[str, Figure], trainer: pl.Trainer, pl_module: pl.Lightni
         return
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
+        path = folder / "figures" / f"{name}.png"
+        figure.savefig(path, dpi=120)
         for writer in _tensorboards(trainer):
-            writer.add_figure(f"figures/{name}", figure, _iteration(pl_module))
+            # `add_figure` would lay it out and draw it once more.
+            pixels = np.asarray(Image.open(path))
+            writer.add_image(f"figures/{name}", pixels, _iteration(pl_module), dataformats="HWC")
 
 
 def printable(text: str) -> str:

@@ -1,17 +1,20 @@
 """Whole runs through the command line: the contract of a run's directory, the console, and the figures."""
 
 import csv
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import SMALL, RunCLI, assert_the_same
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -72,6 +75,13 @@ def test_a_run_keeps_its_contract(
     names = {"correct", "misclassified", "confusion_matrix", "training_curves"}
     assert set(events(run).Tags()["images"]) == {f"figures/{name}" for name in names}
     assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.png" for name in names}
+    for name in names:
+        (shown,) = events(run).Images(f"figures/{name}")
+        with (
+            Image.open(io.BytesIO(shown.encoded_image_string)) as image,
+            Image.open(run / f"figures/{name}.png") as png,
+        ):
+            assert np.array_equal(np.asarray(image), np.asarray(png))
 
     results = json.loads((run / "results.json").read_text())
     assert results.keys() == {
