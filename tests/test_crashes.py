@@ -195,20 +195,20 @@ def at_iteration(iteration: int, act: Callable[[], None]) -> Step:
     return step
 
 
-@pytest.mark.parametrize("iteration", [3, 11, 12, 30])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_stopped_at_any_iteration_goes_on_exactly(
-    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, iteration: int
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     settings = [*settings_of(name, 4), "--test_after_fit=false"]
     assert run_cli("fit", *settings) == 0
-    with monkeypatch.context() as patch:
-        stop = at_iteration(iteration, lambda: signal.raise_signal(signal.SIGTERM))
-        patch.setattr(MNISTClassifier, "_fused_or_step", stop)
-        assert run_cli("fit", *settings) == 128 + signal.SIGTERM
-    assert run_cli("fit", *settings, "--ckpt_path=last") == 0
     runs = tmp_path / "lightning_logs"
-    assert_the_same(runs / "version_0", runs / "version_1")
+    for number, iteration in enumerate((3, 11, 12, 30), start=1):
+        with monkeypatch.context() as patch:
+            stop = at_iteration(iteration, lambda: signal.raise_signal(signal.SIGTERM))
+            patch.setattr(MNISTClassifier, "_fused_or_step", stop)
+            assert run_cli("fit", *settings) == 128 + signal.SIGTERM, iteration
+        assert run_cli("fit", *settings, "--ckpt_path=last") == 0, iteration
+        assert_the_same(runs / "version_0", runs / f"version_{number}")
 
 
 def test_a_schedule_goes_on_by_the_iteration_whatever_else_a_checkpoint_says_of_it(
