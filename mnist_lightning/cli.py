@@ -1,6 +1,7 @@
 """The command line: Lightning's own CLI with this project's defaults, and errors as one clear line."""
 
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -311,9 +312,11 @@ def _run() -> int:
         threading.excepthook = lambda arguments: None
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
-        if command := COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
+        name = sys.argv[1] if len(sys.argv) > 1 else ""
+        if command := COMMANDS.get(name):
             command(sys.argv[2:])
         else:
+            _check_command(name)
             CLI()
         return 0
     except Stopped as stopped:
@@ -337,6 +340,16 @@ def _run() -> int:
         elif processes.is_lost(error):
             error = RuntimeError("another process of the run has ended or does not answer; to go on: --ckpt_path last")
         return _fail(error, 1)
+
+
+def _check_command(name: str) -> None:
+    # Lightning's error would name its own commands only.
+    names = [*CLI.subcommands(), *COMMANDS]
+    if name in names or name.startswith("-"):  # settings may come before the command
+        return
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"give {', '.join(names[:-1])} or {names[-1]}"
+    raise UsageError(f"there is no command {name}; {hint}" if name else f"a command is missing; {hint}")
 
 
 def _silence_what_no_user_can_act_on() -> None:

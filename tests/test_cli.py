@@ -69,14 +69,17 @@ README = Path(__file__).parent.parent / "README.md"
         (["fit", "--trainer.devices=3", "--data.batch_size=2"], "2 does not divide by 3; give 3"),
         (["fit", "--trainer.devices=2", "--trainer.strategy=ddp_fork"], "trainer.strategy: for several processes"),
         (["fit", "--trainer.strategy=fsdp", "--trainer.devices=2"], "fsdp"),
-        (["learn"], "learn"),
+        (["fti"], "there is no command fti; did you mean fit?"),
+        (["exprot"], "there is no command exprot; did you mean export?"),
+        (["learn"], "there is no command learn; give fit, validate, test, predict, data, demo or export"),
+        ([""], "a command is missing; give fit, validate, test, predict, data, demo or export"),
         (["data", "--data.val_size=0"], "val_size"),
     ],
 )
 def test_wrong_commands_are_refused(
     run_cli: RunCLI, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], named: str
 ) -> None:
-    assert run_cli(arguments[0], *arguments[1:], data=arguments[0] != "learn") == 2
+    assert run_cli(arguments[0], *arguments[1:], data=arguments[0] in ("fit", "test", "data")) == 2
     err = capfd.readouterr().err
     assert err.startswith("mnist_lightning: ")
     assert err.count("\n") == 1
