@@ -1,7 +1,6 @@
 """The command line: Lightning's own CLI with this project's defaults, and errors as one clear line."""
 
 import contextlib
-import difflib
 import json
 import logging
 import os
@@ -39,7 +38,7 @@ from mnist_lightning.checkpoints import BestAndLast, CheckpointError, Checkpoint
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.commands import COMMANDS, RUNS
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.parser import Parser, UsageError, shorter
+from mnist_lightning.parser import Parser, UsageError, did_you_mean, shorter
 from mnist_lightning.pictures import PictureError
 
 # What Lightning does not check: the least value, and the one that means no limit.
@@ -347,9 +346,8 @@ def _check_command(name: str) -> None:
     names = [*CLI.subcommands(), *COMMANDS]
     if name in names or name.startswith("-"):  # settings may come before the command
         return
-    nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"give {', '.join(names[:-1])} or {names[-1]}"
-    raise UsageError(f"there is no command {name}; {hint}" if name else f"a command is missing; {hint}")
+    problem = f"there is no command {name}" if name else "a command is missing"
+    raise UsageError(problem + did_you_mean(name, names, f"; give {', '.join(names[:-1])} or {names[-1]}"))
 
 
 def _silence_what_no_user_can_act_on() -> None:

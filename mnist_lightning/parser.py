@@ -3,7 +3,7 @@
 import difflib
 import re
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import yaml
@@ -26,8 +26,7 @@ class Parser(LightningArgumentParser):
         message = shorter(message)
         unknown = re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+'|^option ')([\w.-]+)", message)
         if unknown:
-            nearest = difflib.get_close_matches(unknown[1], _known_keys(self), n=1)
-            message = f"there is no setting {unknown[1]}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+            message = f"there is no setting {unknown[1]}{did_you_mean(unknown[1], _known_keys(self))}"
         raise UsageError(message) from ex
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,6 +40,12 @@ class Parser(LightningArgumentParser):
             if cause is not None and (mark := cause.problem_mark):
                 error = UsageError(f"line {mark.line + 1}, column {mark.column + 1}: {cause.problem}")
             raise UsageError(f"{path}: {error}") from error
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The end of an error about a name that there is none of: the nearest of `names`, or `otherwise`."""
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else otherwise
 
 
 def shorter(message: str) -> str:

@@ -8,8 +8,9 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,39 +187,42 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start)
 # Runs in this process, ended where a test wants it.
 
 
-def at_iteration(iteration: int, act: Callable[[], None]) -> Step:
+@contextmanager
+def at_iteration(iteration: int, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` before an iteration of the runs in this process."""
+
     def step(self: MNISTClassifier, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
         if self.global_step + 1 == iteration:
             act()
         return ordinary_step(self, images, labels, size)
 
-    return step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MNISTClassifier, "_fused_or_step", step)
+        yield
+
+
+def stop() -> None:
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_stopped_at_any_iteration_goes_on_exactly(
-    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_run_stopped_at_any_iteration_goes_on_exactly(run_cli: RunCLI, tmp_path: Path, name: str) -> None:
     settings = [*settings_of(name, 4), "--test_after_fit=false"]
     assert run_cli("fit", *settings) == 0
     runs = tmp_path / "lightning_logs"
     for number, iteration in enumerate((3, 11, 12, 30), start=1):
-        with monkeypatch.context() as patch:
-            stop = at_iteration(iteration, lambda: signal.raise_signal(signal.SIGTERM))
-            patch.setattr(MNISTClassifier, "_fused_or_step", stop)
+        with at_iteration(iteration, stop):
             assert run_cli("fit", *settings) == 128 + signal.SIGTERM, iteration
         assert run_cli("fit", *settings, "--ckpt_path=last") == 0, iteration
         assert_the_same(runs / "version_0", runs / f"version_{number}")
 
 
 def test_a_schedule_goes_on_by_the_iteration_whatever_else_a_checkpoint_says_of_it(
-    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_cli: RunCLI, tmp_path: Path
 ) -> None:
     settings = [*settings_of("distortions", 4), "--test_after_fit=false"]
     assert run_cli("fit", *settings) == 0
-    with monkeypatch.context() as patch:
-        stop = at_iteration(12, lambda: signal.raise_signal(signal.SIGTERM))
-        patch.setattr(MNISTClassifier, "_fused_or_step", stop)
+    with at_iteration(12, stop):
         assert run_cli("fit", *settings) == 128 + signal.SIGTERM
     path = tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
@@ -235,9 +239,7 @@ def test_a_run_stopped_in_the_last_iteration_of_an_epoch_still_ends_the_epoch(
     ended = []
     monkeypatch.setattr(MNISTClassifier, "on_train_epoch_end", lambda self: ended.append(self.current_epoch))
     settings = ["--trainer.max_epochs=3", "--trainer.limit_val_batches=0", "--test_after_fit=false"]
-    with monkeypatch.context() as patch:
-        stop = at_iteration(11, lambda: signal.raise_signal(signal.SIGTERM))
-        patch.setattr(MNISTClassifier, "_fused_or_step", stop)
+    with at_iteration(11, stop):
         assert run_cli("fit", *settings) == 128 + signal.SIGTERM
     assert run_cli("fit", *settings, "--ckpt_path=last") == 0
     assert ended == [0, 1, 2]
@@ -301,16 +303,13 @@ def test_a_resumed_run_keeps_its_settings(run_cli: RunCLI, tmp_path: Path, capsy
     assert "the checkpoint was trained with 0.01" in capsys.readouterr().err
 
 
-def test_last_means_the_newest_run_though_it_died_before_its_first_epoch(
-    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_last_means_the_newest_run_though_it_died_before_its_first_epoch(run_cli: RunCLI, tmp_path: Path) -> None:
     assert run_cli("fit", "--trainer.max_epochs=2") == 0
 
     def die() -> None:
         raise RuntimeError("died")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MNISTClassifier, "_fused_or_step", at_iteration(3, die))
+    with at_iteration(3, die):
         assert run_cli("fit", "--trainer.max_epochs=2") == 1
     assert run_cli("fit", "--ckpt_path=last") == 0
     assert_the_same(tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from conftest import Start, assert_the_same, newest_run, small
 from torch import Tensor
 
 StartAll = Callable[..., list[BaseProcess]]
+Found = TypeVar("Found")
 
 # 2 and 3 divide a minibatch of 198, but not the last ones: of 1,049 training digits 59 are left, of 201 for validation
 # 3, of 230 for testing 32.
@@ -99,11 +100,17 @@ def ended(processes: list[BaseProcess], seconds: float = 60) -> list[int | None]
     return [process.exitcode for process in processes]
 
 
-def wait_for(directory: Path, pattern: str) -> None:
+def poll(look: Callable[[], Found | None], what: str) -> Found:
+    """What `look` finds, once it finds something."""
     deadline = time.monotonic() + 60
-    while not list(directory.glob(pattern)):
-        assert time.monotonic() < deadline, f"there is no {pattern}"
-        time.sleep(0.05)
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"there is no {what}"
+        time.sleep(0.01)
+    return found
+
+
+def wait_for(directory: Path, pattern: str) -> None:
+    poll(lambda: list(directory.glob(pattern)), pattern)
 
 
 def output(directory: Path, rank: int = 0) -> str:
@@ -282,18 +289,15 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", *arguments]
 
 
-def child_of(process: subprocess.Popen[str]) -> int:
-    """The run's second process, once Lightning has started it."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            # Lightning starts it with LOCAL_RANK=1. Its command line would not tell: a fork has its parent's until it
-            # executes something else. Such others last a moment only, and may be gone.
-            with contextlib.suppress(OSError):
-                if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                    return int(child)
-        time.sleep(0.01)
-    raise AssertionError("Lightning has not started a second process")
+def child_of(process: subprocess.Popen[str]) -> int | None:
+    """The run's second process, if Lightning has started it."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        # Lightning starts it with LOCAL_RANK=1. Its command line would not tell: a fork has its parent's until it
+        # executes something else. Such others last a moment only, and may be gone.
+        with contextlib.suppress(OSError):
+            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return int(child)
+    return None
 
 
 @pytest.mark.slow
@@ -305,7 +309,7 @@ def test_lightning_starts_the_processes_itself(tmp_path: Path, root: Path, death
     )
     try:
         if death != "none":
-            child = child_of(run)
+            child = poll(lambda: child_of(run), "second process")
             if "before" not in death:
                 wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")
             os.kill(child if "second" in death else run.pid, signal.SIGKILL)

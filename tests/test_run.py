@@ -75,8 +75,9 @@ def test_a_run_keeps_its_contract(
     names = {"correct", "misclassified", "confusion_matrix", "training_curves"}
     assert set(events(run).Tags()["images"]) == {f"figures/{name}" for name in names}
     assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.png" for name in names}
+    logged = events(run)
     for name in names:
-        (shown,) = events(run).Images(f"figures/{name}")
+        (shown,) = logged.Images(f"figures/{name}")
         with (
             Image.open(io.BytesIO(shown.encoded_image_string)) as image,
             Image.open(run / f"figures/{name}.png") as png,
