@@ -32,13 +32,13 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from mnist_lightning import pictures, plots
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.files import NAMES
+from mnist_lightning.digits import pictures, plots
+from mnist_lightning.digits.files import NAMES
+from mnist_lightning.digits.pictures import Array, PictureError
 from mnist_lightning.loader import Minibatch, Minibatches, uniform_noise
 from mnist_lightning.model import CLASSES
-from mnist_lightning.pictures import Array, PictureError
 from mnist_lightning.processes import gather
 
 # More would be no overview; all are in predictions.csv.

@@ -23,7 +23,7 @@ from torch import Tensor
 from mnist_lightning.callbacks import progress, run_directory
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.files import NAMES
+from mnist_lightning.digits.files import NAMES
 from mnist_lightning.model import MLP
 from mnist_lightning.processes import gather, rank
 

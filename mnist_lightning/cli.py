@@ -38,8 +38,8 @@ from mnist_lightning.checkpoints import BestAndLast, CheckpointError, Checkpoint
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.commands import COMMANDS, RUNS
 from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.digits.pictures import PictureError
 from mnist_lightning.parser import Parser, UsageError, did_you_mean, shorter
-from mnist_lightning.pictures import PictureError
 
 # What Lightning does not check: the least value, and the one that means no limit.
 TRAINER_MINIMA = {

@@ -7,13 +7,13 @@ from typing import Any, get_args
 import torch.nn.functional as F
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
-from mnist_lightning import plots
 from mnist_lightning.checkpoints import CheckpointError, find, read_network
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.demo import page
-from mnist_lightning.export import Format, export
+from mnist_lightning.digits import plots
 from mnist_lightning.model import CLASSES, MLP
 from mnist_lightning.parser import Parser, UsageError, shorter
+from mnist_lightning.share.demo import page
+from mnist_lightning.share.export import Format, export
 
 RUNS = "lightning_logs"
 

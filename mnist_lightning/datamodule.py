@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
 from torch import Tensor
 
-from mnist_lightning import files, pictures
+from mnist_lightning.digits import files, pictures
 from mnist_lightning.distortions import Distortions
 from mnist_lightning.loader import DeviceLoader
 from mnist_lightning.model import PIXELS

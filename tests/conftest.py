@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning import files, synthetic
 from mnist_lightning.cli import main
 from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.digits import files, synthetic
 
 SMALL = {"train": 1250, "t10k": 230}
 VAL_SIZE = 200  # leaves 1,050 training digits: 11 minibatches of 100, the last one of 50

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from conftest import prepare
 from PIL import Image
 
-from mnist_lightning import demo, pictures, synthetic
+from mnist_lightning.digits import pictures, synthetic
 from mnist_lightning.model import MLP
+from mnist_lightning.share import demo
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -7,8 +7,8 @@ from conftest import prepare
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from mnist_lightning import plots
 from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.digits import plots
 from mnist_lightning.distortions import Distortions
 from mnist_lightning.loader import Minibatches, uniform_noise
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import RunCLI
 
-from mnist_lightning import export as export_module
 from mnist_lightning.checkpoints import read_network
-from mnist_lightning.export import INPUT, ExportError, export
 from mnist_lightning.model import MLP
+from mnist_lightning.share import export as export_module
+from mnist_lightning.share.export import INPUT, ExportError, export
 
 
 @pytest.fixture

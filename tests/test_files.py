@@ -20,8 +20,8 @@ from conftest import SMALL, fork, prepare
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning import files, synthetic
-from mnist_lightning.files import DataError, UnreachableError
+from mnist_lightning.digits import files, synthetic
+from mnist_lightning.digits.files import DataError, UnreachableError
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler, bytes], None]
 

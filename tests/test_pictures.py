@@ -15,9 +15,9 @@ from paste import paste
 from PIL import Image
 from torch import Tensor
 
-from mnist_lightning import pictures
 from mnist_lightning.checkpoints import read_network
-from mnist_lightning.pictures import PictureError, find, find_ink, normalise, read
+from mnist_lightning.digits import pictures
+from mnist_lightning.digits.pictures import PictureError, find, find_ink, normalise, read
 
 Array = npt.NDArray[Any]
 

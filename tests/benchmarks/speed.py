@@ -37,10 +37,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
-from mnist_lightning import files
 from mnist_lightning.callbacks import Report
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.digits import files
 
 Split = tuple[Tensor, Tensor]
 

@@ -17,7 +17,7 @@ from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
-from mnist_lightning import synthetic
+from mnist_lightning.digits import synthetic
 
 NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
 

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from mnist_lightning.digits.pictures import Array
 from mnist_lightning.model import CLASSES, SIDE
-from mnist_lightning.pictures import Array
 
 TRAIN_COLOR, VAL_COLOR = "#4878a8", "#d1602a"
 
