@@ -157,11 +157,13 @@ class MNISTDataModule(pl.LightningDataModule):
         )
         if stage in ("fit", "validate"):
             images, labels = files.read(self._raw, "train")
+            images = images.float().div_(255)
             self.val = images[: self.val_size], labels[: self.val_size]
             self.train = images[self.val_size :], labels[self.val_size :]
             self.iterations_per_epoch = ceil(len(self.train[1]) / self.batch_size)
         else:
-            self.test = files.read(self._raw, "t10k")
+            images, labels = files.read(self._raw, "t10k")
+            self.test = images.float().div_(255), labels
         if stage == "fit" and self.trainer:
             self._count_minibatches(self.trainer)
 

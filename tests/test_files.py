@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SMALL, fork, prepare
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
@@ -337,3 +338,37 @@ def test_a_disk_that_fills_while_unpacking_is_an_error_with_its_cause(
         signal.signal(signal.SIGXFSZ, ignored)
     assert not list(offline_gzipped.rglob("*ubyte"))
     assert prepare("auto", offline_gzipped).dataset_name == "MNIST"
+
+
+def test_images_are_the_file_itself_and_writing_to_them_does_not_change_it(root: Path) -> None:
+    raw = root / "synthetic/raw"
+    path = raw / "train-images-idx3-ubyte"
+    content = path.read_bytes()
+    images, labels = files.read(raw, "train")
+    assert (images.dtype, images.shape) == (torch.uint8, (SMALL["train"], 784))
+    assert (labels.dtype, labels.shape) == (torch.int64, (SMALL["train"],))
+    assert images.numpy().tobytes() == content[16:]
+    assert bytes(labels.tolist()) == (raw / "train-labels-idx1-ubyte").read_bytes()[8:]
+    mapped = Path("/proc/self/maps")  # Linux has it
+    assert not mapped.exists() or str(path) in mapped.read_text()
+    images.fill_(7)
+    assert path.read_bytes() == content
+    assert files.read(raw, "train")[0].max() == 255
+
+
+@pytest.mark.parametrize("damage", ["magic", "count", "rows", "short", "long", "empty"])
+def test_a_header_that_does_not_fit_its_file_is_refused(root: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(root / "synthetic/raw", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    content = path.read_bytes()
+    changed = {
+        "magic": b"\0\0\x08\x04" + content[4:],
+        "count": content[:7] + bytes([content[7] ^ 1]) + content[8:],
+        "rows": content[:11] + b"\x38" + content[12:],
+        "short": content[:-1],
+        "long": content + b"\0",
+        "empty": b"",
+    }
+    path.write_bytes(changed[damage])
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is damaged"):
+        files.read(tmp_path, "t10k")

@@ -1,8 +1,10 @@
 """The data's files: download MNIST, verify it, make its stand-in where there is no network, and read either."""
 
 import errno
+import math
 import shutil
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import Future
@@ -10,14 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from torch import Tensor
 from torchvision.datasets import MNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from mnist_lightning.digits import synthetic
+from mnist_lightning.model import SIDE
 
 NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
 
@@ -73,13 +77,30 @@ def dataset_in(raw: Path) -> Literal["mnist", "synthetic"]:
 
 def count(raw: Path, file: Literal["train", "t10k"]) -> int:
     """Count the images of the training or the test file."""
-    return len(read_label_file(str(raw / f"{file}-labels-idx1-ubyte")))
+    return len(_values(raw / f"{file}-labels-idx1-ubyte"))
 
 
 def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
-    """Read images, (N, 784) float32 in [0, 1], and labels, (N,) int64, of the training or the test file."""
-    images = read_image_file(str(raw / f"{file}-images-idx3-ubyte"))
-    return images.flatten(1).float().div_(255), read_label_file(str(raw / f"{file}-labels-idx1-ubyte"))
+    """Read images, (N, 784) uint8, and labels, (N,) int64, of the training or the test file.
+
+    The images are the file itself, mapped into memory and shared with other processes. Write to a copy of them.
+
+    Raises:
+        DataError: A file's header does not fit it.
+    """
+    images = _values(raw / f"{file}-images-idx3-ubyte", SIDE, SIDE)
+    return images.flatten(1), _values(raw / f"{file}-labels-idx1-ubyte").long()
+
+
+def _values(path: Path, *shape: int) -> Tensor:
+    """The values of an IDX file of bytes, (N, *shape) uint8."""
+    header = struct.Struct(f">{2 + len(shape)}I")
+    count, rest = divmod(max(0, path.stat().st_size - header.size), math.prod(shape))
+    with path.open("rb") as file:
+        if rest or file.read(header.size) != header.pack(0x801 + len(shape), count, *shape):
+            raise DataError(f"{path} is damaged: its header does not fit its {path.stat().st_size:,} bytes")
+    # Copy-on-write: PyTorch has no read-only tensors, and no mistake may change the file.
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", header.size, (count, *shape)))
 
 
 def _get_mnist(root: Path) -> Path:
