@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from scipy import ndimage
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mnist_lightning.model import SIDE
 
@@ -76,22 +76,19 @@ def read_all(paths: Sequence[Path]) -> Iterator[Reading]:
     # SLURM and containers may allow but some of the machine's.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if len(paths) >= MANY else 0
-    for readings in DataLoader(_Readings(paths), batch_size=20, num_workers=workers, collate_fn=list):
+    # Any sequence will do as a dataset, and what collates a batch runs in a worker.
+    for readings in DataLoader(paths, batch_size=20, num_workers=workers, collate_fn=_read_each):  # type: ignore[arg-type]
         yield from readings
 
 
-class _Readings(Dataset[Reading]):
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Reading:
+def _read_each(paths: Sequence[Path]) -> list[Reading]:
+    readings: list[Reading] = []
+    for path in paths:
         try:
-            return read(self.paths[index])
+            readings.append(read(path))
         except PictureError as error:
-            return error
+            readings.append(error)
+    return readings
 
 
 def read(path: Path) -> Array | None:
@@ -155,14 +152,9 @@ def find_ink(picture: Image.Image) -> Array:
             return ink
         top, bottom, left, right = _bounds(ink > 0)
         margin = max(bottom - top, right - left) // 4 + 2
-        closer = grey.crop(
-            (
-                max(0, left - margin) * step,
-                max(0, top - margin) * step,
-                min(grey.width, (right + margin) * step),
-                min(grey.height, (bottom + margin) * step),
-            )
-        )
+        left, top = max(0, left - margin) * step, max(0, top - margin) * step
+        right, bottom = min(grey.width, (right + margin) * step), min(grey.height, (bottom + margin) * step)
+        closer = grey.crop((left, top, right, bottom))
         if math.ceil(max(closer.size) / VIEW) == step:
             return ink
         grey = closer

@@ -76,9 +76,8 @@ def pictures_read(readings: Sequence[tuple[Image.Image, Array | None, Array, str
     for (picture, seen, probabilities, name), (given, network, bars, _) in zip(readings, blocks, strict=False):
         given.imshow(np.asarray(picture.convert("RGBA")))
         given.set_title(name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", fontsize=9, parse_math=False)
-        network.imshow(
-            np.zeros((SIDE, SIDE)) if seen is None else seen.reshape(SIDE, SIDE), cmap="gray_r", vmin=0, vmax=1
-        )
+        digit = np.zeros((SIDE, SIDE)) if seen is None else seen.reshape(SIDE, SIDE)
+        network.imshow(digit, cmap="gray_r", vmin=0, vmax=1)
         network.set_title("as seen", fontsize=9)
         network.axis("on")
         network.set(xticks=(), yticks=())
@@ -92,8 +91,7 @@ def pictures_read(readings: Sequence[tuple[Image.Image, Array | None, Array, str
         best = probabilities.argmax()
         bars.set_title(f"{best}  ({probabilities[best]:.1%})", fontsize=9)
         bars.axis("on")
-        colors = [VAL_COLOR if digit == best else TRAIN_COLOR for digit in range(CLASSES)]
-        bars.bar(range(CLASSES), probabilities, color=colors)
+        bars.bar(range(CLASSES), probabilities, color=TRAIN_COLOR)[best].set_facecolor(VAL_COLOR)
         bars.set(ylim=(0, 1), xticks=range(CLASSES), yticks=())
         bars.tick_params(length=0, labelsize=8)
         bars.spines[["top", "right", "left"]].set_visible(False)
@@ -112,26 +110,11 @@ def confusion_matrix(counts: Tensor, heading: str) -> Figure:
     # Coloured by mistakes alone: the diagonal's counts would drown everything else.
     mistakes = counts.float().fill_diagonal_(0)
     axes.imshow((mistakes / mistakes.max().clamp(min=1)).numpy(), cmap="Reds", vmin=0, vmax=1.8)
-    for true in range(CLASSES):
-        for predicted in range(CLASSES):
-            count = int(counts[true, predicted])
-            axes.text(
-                predicted,
-                true,
-                f"{count}" if count else "·",
-                ha="center",
-                va="center",
-                color="black" if count else "lightgray",
-                weight="bold" if true == predicted else "normal",
-                fontsize=9,
-            )
-    axes.set(
-        title=heading,
-        xlabel="predicted (the redder, the more mistakes)",
-        ylabel="true",
-        xticks=range(CLASSES),
-        yticks=range(CLASSES),
-    )
+    for (true, predicted), count in np.ndenumerate(counts.numpy()):
+        color, weight = "black" if count else "lightgray", "bold" if true == predicted else "normal"
+        axes.text(predicted, true, f"{count or '·'}", ha="center", va="center", color=color, weight=weight, fontsize=9)
+    axes.set(title=heading, xlabel="predicted (the redder, the more mistakes)", ylabel="true")
+    axes.set(xticks=range(CLASSES), yticks=range(CLASSES))
     axes.tick_params(length=0)
     return figure
 
@@ -146,20 +129,13 @@ def training_curves(train: Tensor, val: Tensor, heading: str) -> Figure:
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(heading)
-    train_rows, val_rows = train.numpy(), val.numpy()
-    for axes, column, name in zip(figure.subplots(1, 2), (1, 2), ("loss", "accuracy"), strict=True):
-        scale = 100 if name == "accuracy" else 1
-        axes.plot(
-            train_rows[:, 0],
-            train_rows[:, column] * scale,
-            color=TRAIN_COLOR,
-            alpha=0.7,
-            lw=1,
-            label="training minibatch",
-        )
-        axes.plot(val_rows[:, 0], val_rows[:, column] * scale, color=VAL_COLOR, marker="o", ms=4, label="validation")
-        axes.set(xlabel="iteration", ylabel="loss (nats)" if name == "loss" else "accuracy (%)")
+    panels = (("loss (nats)", 1, "upper right"), ("accuracy (%)", 100, "lower right"))
+    for column, (axes, (name, scale, corner)) in enumerate(zip(figure.subplots(1, 2), panels, strict=True), 1):
+        (x, y), (val_x, val_y) = (rows[:, [0, column]].T.numpy() for rows in (train, val))
+        axes.plot(x, y * scale, color=TRAIN_COLOR, alpha=0.7, lw=1, label="training minibatch")
+        axes.plot(val_x, val_y * scale, color=VAL_COLOR, marker="o", ms=4, label="validation")
+        axes.set(xlabel="iteration", ylabel=name)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper right" if name == "loss" else "lower right")
+        axes.legend(frameon=False, loc=corner)
     return figure

@@ -66,7 +66,6 @@ BOX, CANVAS, CENTRE = 20, 28, 14
 
 DOTS = 72  # pen dots per digit: about a pixel apart along the longest paths, so that the line shows no beads
 CHUNK = 100  # digits drawn at once: their dot-to-pixel distances (11 MB) about fit a processor's cache
-REPORT = 5_000  # digits between two calls of progress: some calls a second
 
 # How far writers stray from the table, as standard deviations. Large enough that a network still makes mistakes,
 # small enough that people make few.
@@ -102,15 +101,13 @@ def draw_digits(count: int, seed: int, progress: Callable[[int], None] | None = 
     digits, weights, points, curves = _table()
     labels = (torch.arange(count) % 10)[torch.randperm(count, generator=generator)]
     images = torch.empty(count, CANVAS, CANVAS, dtype=torch.uint8)
-    reported = 0
     for start in range(0, count, CHUNK):
         end = min(start + CHUNK, count)
         way = torch.multinomial(weights * (labels[start:end, None] == digits), 1, generator=generator).squeeze(1)
         jitter = JITTER * torch.randn(end - start, *points.shape[1:], generator=generator)
         images[start:end] = _ink(_distort(curves[way] @ (points[way] + jitter), generator), generator)
-        if progress is not None and (end - reported >= REPORT or end == count):
-            progress(end - reported)
-            reported = end
+        if progress is not None:
+            progress(end - start)
     return images, labels
 
 

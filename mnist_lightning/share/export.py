@@ -99,10 +99,8 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 def _write_torchscript(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
     with warnings.catch_warnings():
         # PyTorch's successor, `torch.export`, is what the format `onnx` is made by.
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        traced = torch.jit.trace(mlp, torch.zeros(2, PIXELS))
-        torch.jit.save(traced, path, _extra_files=notes)
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(mlp, torch.zeros(2, PIXELS)), path, _extra_files=notes)
 
 
 def _load_torchscript(path: Path) -> Callable[[Tensor], Tensor]:
