@@ -6,10 +6,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,10 +22,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from PIL import Image
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -34,15 +30,11 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.digits import pictures, plots
+from mnist_lightning.digits import plots
 from mnist_lightning.digits.files import NAMES
-from mnist_lightning.digits.pictures import Array, PictureError
 from mnist_lightning.loader import Minibatch, Minibatches, uniform_noise
 from mnist_lightning.model import CLASSES
 from mnist_lightning.processes import gather
-
-# More would be no overview; all are in predictions.csv.
-PICTURES_LISTED, PICTURES_DRAWN = 100, 24
 
 
 class IterationProgressBar(RichProgressBar):
@@ -296,8 +288,6 @@ class Figures(Callback):
 class PredictionWriter(Callback):
     """Writes `predictions.csv`: for each image its number, the digit read, and that digit's probability."""
 
-    header: ClassVar = ["image", "digit", "probability"]
-
     def __init__(self) -> None:
         self._probabilities: list[Tensor] = []
 
@@ -315,81 +305,13 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         probabilities = torch.cat(self._probabilities).cpu().float()
         self._probabilities = []
-        if not trainer.is_global_zero:
-            return
-        rows = self.rows(probabilities, trainer)
-        if folder := run_directory(trainer):
-            # Names of files need not be text.
-            with (folder / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.writer(file)
-                writer.writerow(self.header)
-                writer.writerows([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-        self.report(rows, probabilities, trainer, pl_module)
-
-    def rows(self, probabilities: Tensor, trainer: pl.Trainer) -> list[list[Any]]:
-        """The rows of the file from (N, 10) probabilities."""
         best, digits = (column.tolist() for column in probabilities.max(dim=1))
-        return [[image, digit, p] for image, (digit, p) in enumerate(zip(digits, best, strict=True))]
-
-    def report(
-        self, rows: list[list[Any]], probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> None:
-        """Say on the console what is in the file."""
-        say(f"Predicted {len(rows):,} digits")
-
-
-class PictureReport(PredictionWriter):
-    """Says what was read in which picture: on the console, in `predictions.csv`, and in a figure of the first ones.
-
-    The figure has each picture as given, as the network saw it, and the probabilities of the ten digits.
-    """
-
-    header: ClassVar = ["file", "digit", "probability", "runner_up", "runner_up_probability"]
-
-    def rows(self, probabilities: Tensor, trainer: pl.Trainer) -> list[list[Any]]:
-        best, digits = (pair.tolist() for pair in probabilities.topk(2))
-        rows: list[list[Any]] = []
-        # Not strict: `limit_predict_batches` may leave out the last ones.
-        for (file, reading), (p, q), (digit, runner_up) in zip(
-            _data(trainer).readings.items(), best, digits, strict=False
-        ):
-            if reading is None:
-                rows.append([file, "blank", "", "", ""])
-            elif not isinstance(reading, PictureError):
-                rows.append([file, digit, p, runner_up, q])
-        return rows
-
-    def report(
-        self, rows: list[list[Any]], probabilities: Tensor, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> None:
-        drawn: list[tuple[Image.Image, Array | None, Array, str]] = []
-        for (file, reading), row in zip(_data(trainer).readings.items(), probabilities, strict=False):
-            if isinstance(reading, PictureError):
-                print(printable(f"Skipped: {file} {reading}"), file=sys.stderr)
-            elif len(drawn) < PICTURES_DRAWN:
-                picture = pictures.load(file)
-                picture.thumbnail((120, 120))
-                drawn.append((picture, reading, row.numpy(), printable(file.name)))
-        say(_table(rows))
-        if drawn:
-            heading = "What the network read"
-            if len(rows) > len(drawn):
-                heading += f": the first {len(drawn)} of {len(rows):,} pictures"
-            _save({"pictures": plots.pictures_read(drawn, heading)}, trainer, pl_module)
-
-
-def _table(rows: Sequence[Sequence[Any]]) -> str:
-    table = Table("Picture", box=box.SIMPLE_HEAD)
-    for heading in ("Digit", "Probability", "Runner-up"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for file, digit, p, runner_up, q in rows[:PICTURES_LISTED]:
-        numbers = ("blank", "", "") if digit == "blank" else (str(digit), f"{p:.1%}", f"{runner_up} ({q:.1%})")
-        table.add_row(Text(printable(str(file)), overflow="fold"), *numbers)
-    console = Console()
-    with console.capture() as text:
-        console.print(table)
-    more = len(rows) - PICTURES_LISTED
-    return text.get().rstrip() + (f"\nand {more:,} more in predictions.csv" if more > 0 else "")
+        if folder := run_directory(trainer):
+            with (folder / "predictions.csv").open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["image", "digit", "probability"])
+                writer.writerows([i, digit, f"{p:.4f}"] for i, (digit, p) in enumerate(zip(digits, best, strict=True)))
+        say(f"Predicted {len(digits):,} digits")
 
 
 class RunLogger(TensorBoardLogger):

@@ -1,7 +1,6 @@
 """The command line: Lightning's own CLI with this project's defaults, and errors as one clear line."""
 
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -26,7 +25,6 @@ from mnist_lightning import processes
 from mnist_lightning.callbacks import (
     Figures,
     IterationProgressBar,
-    PictureReport,
     PredictionWriter,
     Report,
     RunLogger,
@@ -38,7 +36,6 @@ from mnist_lightning.checkpoints import BestAndLast, CheckpointError, Checkpoint
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.commands import COMMANDS, RUNS
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.digits.pictures import PictureError
 from mnist_lightning.parser import Parser, UsageError, did_you_mean, shorter
 
 # What Lightning does not check: the least value, and the one that means no limit.
@@ -87,8 +84,8 @@ class CLI(LightningCLI):
             parser_kwargs={
                 "prog": "mnist_lightning",
                 "description": "Train a two-layer network to read handwritten digits.",
-                "epilog": "Besides: `data` gets and verifies the data, `demo` writes a page to draw digits on, and "
-                "`export` hands a network on to ONNX, TorchScript or safetensors; see `data --help` and so on.",
+                "epilog": "Besides: `data` gets and verifies the data, `read` reads pictures, `demo` writes a page to "
+                "draw on, and `export` hands a network on to ONNX, TorchScript or safetensors; see `data --help` etc.",
             },
             parser_class=Parser,
             auto_configure_optimizers=False,
@@ -123,7 +120,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Resolve `best` and `last`, add the settings of the run that is resumed, and check what Lightning does not."""
-        arguments = _with_list("--data.images", list(map(str, sys.argv[1:] if args is None else args)))
+        arguments = list(map(str, sys.argv[1:] if args is None else args))
         super().parse_arguments(parser, arguments)
         config = self.config[self.config.subcommand]
         self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
@@ -144,8 +141,6 @@ class CLI(LightningCLI):
                     super().parse_arguments(parser, ["fit", *settings, *arguments[1:]])
                     config = self.config.fit
             config.ckpt_path = str(checkpoint)
-        if config.data.images and self.config.subcommand != "predict":
-            raise UsageError("data.images: only `predict` reads pictures")
         if not config.ckpt_path and self.config.subcommand != "fit":
             raise UsageError("ckpt_path: which weights? Give `best` or `last` of the newest run, or a path")
         seed = config.seed_everything
@@ -207,8 +202,7 @@ class CLI(LightningCLI):
         )
         if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
             raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
-        callbacks = [*callbacks, processes.Timeout(), Report()]
-        callbacks.append(PictureReport() if self.config[self.subcommand].data.images else PredictionWriter())
+        callbacks = [*callbacks, processes.Timeout(), Report(), PredictionWriter()]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
                 callbacks.append(IterationProgressBar())
@@ -254,16 +248,9 @@ class CLI(LightningCLI):
         self._say_where()
 
     def predict(self, **kwargs: Any) -> None:
-        """Read the test split's digits, or those of pictures.
-
-        Raises:
-            PictureError: Some of the files are no pictures. All others have been read.
-        """
+        """Read the test split's digits."""
         self.trainer.predict(**kwargs, return_predictions=False)
         self._say_where()
-        readings = self.datamodule.readings.values()
-        if skipped := sum(isinstance(reading, PictureError) for reading in readings):
-            raise PictureError(f"{skipped:,} of {len(readings):,} files could not be read as pictures")
 
     def _say_where(self) -> None:
         directory = run_directory(self.trainer)
@@ -274,21 +261,6 @@ class CLI(LightningCLI):
         say(f"Run: {directory}")
         if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
             say(f"Look at it: tensorboard --logdir {directory.parent}")
-
-
-def _with_list(name: str, arguments: list[str]) -> list[str]:
-    """Arguments with all values that follow one, as a shell makes them of `*.png`, as the list that they are."""
-    for at, argument in enumerate(arguments):
-        if argument.startswith(f"{name}=") and not argument.startswith(f"{name}=["):
-            arguments = [*arguments[:at], *argument.split("=", 1), *arguments[at + 1 :]]
-            break
-    if name not in arguments:
-        return arguments
-    at = arguments.index(name) + 1
-    end = next((end for end in range(at, len(arguments)) if arguments[end].startswith("-")), len(arguments))
-    if at == end:
-        raise UsageError(f"{name.lstrip('-')}: which? Give files, folders or globs")
-    return [*arguments[: at - 1], f"{name}={json.dumps(arguments[at:end])}", *arguments[end:]]
 
 
 def main() -> int:

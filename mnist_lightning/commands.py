@@ -1,15 +1,19 @@
-"""The commands without a Trainer: `data` gets the data, `demo` and `export` hand a trained network on."""
+"""The commands without a Trainer: `data`, `read` for pictures, `demo` and `export`."""
 
+import sys
 import webbrowser
 from pathlib import Path
 from typing import Any, get_args
 
 import torch.nn.functional as F
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from rich.console import Console
+from rich.progress import track
 
+from mnist_lightning.callbacks import printable, say
 from mnist_lightning.checkpoints import CheckpointError, find, read_network
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.digits import plots
+from mnist_lightning.digits import pictures, plots, reading
 from mnist_lightning.model import CLASSES, MLP
 from mnist_lightning.parser import Parser, UsageError, shorter
 from mnist_lightning.share.demo import page
@@ -35,10 +39,54 @@ def data(arguments: list[str]) -> None:
     for label, row in zip(data.val[1][:5], F.one_hot(data.val[1][:5], CLASSES), strict=True):
         print(f"  {label}: {' '.join(map(str, row.tolist()))}")
     images, labels = data.train[0][:9], data.train[1][:9]
-    plots.digit_grid(images, [f"True: {label}" for label in labels], f"{data.dataset_name}: training digits").savefig(
-        config.figure, dpi=120
-    )
+    titles = [f"True: {label}" for label in labels]
+    plots.digit_grid(images, titles, f"{data.dataset_name}: training digits").savefig(config.figure, dpi=120)
     print(f"Figure: {config.figure}")
+
+
+def read(arguments: list[str]) -> None:
+    """Read pictures: print a table, write a CSV file, and draw the first ones.
+
+    Raises:
+        PictureError: Some of the files are no pictures. All others have been read.
+    """
+    parser = _parser("read", "Read pictures of your own, each of one digit.")
+    parser.add_argument("paths", nargs="*", type=str, help="Files, folders (all pictures in them) and globs")
+    _add_checkpoint(parser)
+    parser.add_argument("--csv", type=str, default="predictions.csv", help="CSV file to write")
+    parser.add_argument("--figure", type=str, default="pictures.png", help="PNG file for a figure of the first ones")
+    config = parser.parse_args(arguments)
+    if not config.paths:
+        raise UsageError("read: which pictures? Give files, folders or globs")
+    try:
+        files = pictures.find(config.paths)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if Path(config.figure).resolve() in map(Path.resolve, files):
+        raise UsageError(f"figure: {config.figure} is one of the pictures to read; give another --figure")
+    mlp, trained_on, checkpoint = _network(config.ckpt_path)
+    say(printable(f"Weights: {checkpoint}, {trained_on}"))
+
+    console = Console(stderr=True)
+    hidden = len(files) < pictures.MANY or not console.is_terminal
+    found = track(pictures.read_all(files), "Reading pictures", len(files), console=console, disable=hidden)
+    seen = {}
+    for file, result in zip(files, found, strict=True):
+        if isinstance(result, pictures.PictureError):
+            print(printable(f"Skipped: {file} {result}"), file=sys.stderr)
+        else:
+            seen[file] = result
+    probabilities, rows = reading.read(mlp, seen)
+    say(reading.table(rows))
+    if len(rows) > reading.LISTED:
+        say(printable(f"and {len(rows) - reading.LISTED:,} more in {config.csv}"))
+    reading.write_csv(config.csv, rows)
+    say(printable(f"Predictions: {config.csv}"))
+    if seen:
+        reading.draw(config.figure, seen, probabilities)
+        say(printable(f"Figure: {config.figure}"))
+    if skipped := len(files) - len(seen):
+        raise pictures.PictureError(f"{skipped:,} of {len(files):,} files could not be read as pictures")
 
 
 def demo(arguments: list[str]) -> None:
@@ -48,7 +96,7 @@ def demo(arguments: list[str]) -> None:
     parser.add_argument("--output", type=str, default="demo.html", help="HTML file to write")
     parser.add_argument("--open", type=bool, default=True, help="Open it in the browser")
     config = parser.parse_args(["--open=false" if argument == "--no-open" else argument for argument in arguments])
-    mlp, trained_on = _network(config.ckpt_path)
+    mlp, trained_on, _ = _network(config.ckpt_path)
     output = Path(config.output)
     output.write_text(page(mlp, trained_on), encoding="utf-8")
     print(f"Page: {output}, {output.stat().st_size / 1e6:.1f} MB; the network in it was trained on {trained_on}")
@@ -64,14 +112,14 @@ def export_network(arguments: list[str]) -> None:
     parser.add_argument("--format", type=Format, required=True, help=f"One of {', '.join(get_args(Format))}")
     parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors")
     config = parser.parse_args(arguments)
-    mlp, trained_on = _network(config.ckpt_path)
+    mlp, trained_on, _ = _network(config.ckpt_path)
     images = _read_data(parser, config, "test").test[0][:COMPARED]
     path, difference = export(mlp, config.format, config.output, images, trained_on)
     print(f"Network: {path}, {path.stat().st_size / 1e6:.1f} MB, trained on {trained_on}")
     print(f"Read back: the logits of {len(images):,} test digits differ from PyTorch's by {difference:.1e} at most")
 
 
-COMMANDS = {"data": data, "demo": demo, "export": export_network}
+COMMANDS = {"data": data, "read": read, "demo": demo, "export": export_network}
 
 
 def _parser(name: str, description: str) -> Parser:
@@ -96,8 +144,9 @@ def _add_checkpoint(parser: Parser) -> None:
     )
 
 
-def _network(name: str) -> tuple[MLP, str]:
+def _network(name: str) -> tuple[MLP, str, Path]:
     try:
-        return read_network(find(name, Path(RUNS)))
+        path = find(name, Path(RUNS))
+        return *read_network(path), path
     except CheckpointError as error:
         raise UsageError(f"ckpt_path: {error}") from error

@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.progress import track
 from torch import Tensor
 
-from mnist_lightning.digits import files, pictures
+from mnist_lightning.digits import files
 from mnist_lightning.distortions import Distortions
 from mnist_lightning.loader import DeviceLoader
-from mnist_lightning.model import PIXELS
 
 TRAIN_FILE_SIZE = 60_000
 
@@ -47,12 +43,6 @@ class MNISTDataModule(pl.LightningDataModule):
         seed: Seed of the shuffling, 0 or above. An epoch's order depends on it and on the epoch's number alone.
         distortions: Distort each training image anew in each epoch: true, or how much by `rotation`, `scale`, `shear`,
             `shift`, `elastic` and `smoothness`. Images that are validated, tested and predicted stay as they are.
-        images: Pictures of one digit each, for `predict` to read in place of the test split: files, folders and globs.
-            Of MNIST itself `predict` then needs nothing.
-
-    Attributes:
-        readings: After `setup("predict")` with `images`, for each file what the network sees of it, (784,) in [0, 1];
-            None where the picture is blank; or the error where it is none.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -68,7 +58,6 @@ class MNISTDataModule(pl.LightningDataModule):
         val_size: int = 5000,
         seed: int = 0,
         distortions: bool | Distortions = False,
-        images: list | None = None,  # type: ignore[type-arg] # jsonargparse takes 4 ms for each item of a typed one
     ) -> None:
         super().__init__()
         for name, value in {"batch_size": batch_size, "steps_per_execution": steps_per_execution}.items():
@@ -87,17 +76,13 @@ class MNISTDataModule(pl.LightningDataModule):
         if isinstance(distortions, dict):  # a checkpoint's, by `load_from_checkpoint`
             distortions = Distortions(**distortions)
         self.distortions = Distortions() if distortions is True else distortions or None
-        self._pictures = pictures.find(list(map(str, images or ())))
-        self.readings: dict[Path, pictures.Reading] = {}
         self._steps_per_execution = steps_per_execution
         self._raw = Path()
         self._trainer_settings: tuple[Any, Any] | None = None
 
     @property
     def dataset_name(self) -> str:
-        """`MNIST`, `stand-in digits (not MNIST)`, or how many pictures; known once the data is prepared."""
-        if self._pictures:
-            return f"{len(self._pictures):,} picture{'s' if len(self._pictures) > 1 else ''}"
+        """`MNIST` or `stand-in digits (not MNIST)`; known once the data is prepared."""
         return files.NAMES[files.dataset_in(self._raw)]
 
     def prepare_data(self) -> None:
@@ -108,7 +93,7 @@ class MNISTDataModule(pl.LightningDataModule):
         Raises:
             MisconfigurationException: The Trainer's settings do not fit the data.
         """
-        if not self._raw.parts and not self._pictures:
+        if not self._raw.parts:
             self._raw = files.get(self.dataset, self.root)
             if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
                 # `setup` would refuse them too, but after the loggers have made the run's directory.
@@ -122,23 +107,7 @@ class MNISTDataModule(pl.LightningDataModule):
                         )
 
     def setup(self, stage: str) -> None:
-        """Read and split what `stage` needs: `fit`, `validate`, `test` or `predict`.
-
-        Raises:
-            MisconfigurationException: There are pictures, and `stage` is not `predict`.
-        """
-        if self._pictures:
-            if stage != "predict":
-                raise MisconfigurationException("data.images: only `predict` reads pictures")
-            readings = track(
-                pictures.read_all(self._pictures),
-                "Reading pictures",
-                len(self._pictures),
-                disable=len(self._pictures) < pictures.MANY
-                or not (self.trainer is None or self.trainer.is_global_zero),
-            )
-            self.readings = dict(zip(self._pictures, readings, strict=True))
-            return
+        """Read and split what `stage` needs: `fit`, `validate`, `test` or `predict`."""
         if self.trainer:
             # What the first process found: another one might come to another end where it may try the download itself.
             self._raw = self.trainer.strategy.broadcast(self._raw)
@@ -217,13 +186,8 @@ class MNISTDataModule(pl.LightningDataModule):
         return self._loader(self.test)
 
     def predict_dataloader(self) -> DeviceLoader:
-        """Minibatches of the test split in file order, or of the pictures; black where there is no digit to see."""
-        if not self._pictures:
-            return self._loader(self.test)
-        black = np.zeros(PIXELS)
-        seen = [reading if isinstance(reading, np.ndarray) else black for reading in self.readings.values()]
-        unknown = torch.zeros(len(seen), dtype=torch.int64)
-        return self._loader((torch.tensor(np.stack(seen), dtype=torch.float32), unknown))
+        """Minibatches of the test split, in file order."""
+        return self._loader(self.test)
 
     def _loader(self, split: tuple[Tensor, Tensor], **kwargs: Any) -> DeviceLoader:
         images, labels = split

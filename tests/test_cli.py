@@ -71,8 +71,8 @@ README = Path(__file__).parent.parent / "README.md"
         (["fit", "--trainer.strategy=fsdp", "--trainer.devices=2"], "fsdp"),
         (["fti"], "there is no command fti; did you mean fit?"),
         (["exprot"], "there is no command exprot; did you mean export?"),
-        (["learn"], "there is no command learn; give fit, validate, test, predict, data, demo or export"),
-        ([""], "a command is missing; give fit, validate, test, predict, data, demo or export"),
+        (["learn"], "there is no command learn; give fit, validate, test, predict, data, read, demo or export"),
+        ([""], "a command is missing; give fit, validate, test, predict, data, read, demo or export"),
         (["data", "--data.val_size=0"], "val_size"),
     ],
 )

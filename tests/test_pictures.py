@@ -1,8 +1,10 @@
 import csv
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import RunCLI, newest_run, prepare
+from conftest import RunCLI, prepare
 from paste import paste
 from PIL import Image
 from torch import Tensor
@@ -226,78 +228,148 @@ def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             find([nothing])
 
 
-def test_predict_reads_pictures(
-    run_cli: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def trained(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> RunCLI:
+    """The command line where there is a run, and whose data nobody needs."""
     assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
+    capsys.readouterr()
+    return partial(run_cli, data=False)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def test_read_reads_pictures(
+    trained: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine").mkdir()
     for index, digit in enumerate(digits[:3]):
         save(tmp_path / f"mine/{index}.png", Image.fromarray(on_paper(enlarge(digit, 140))))
     save(tmp_path / "mine/blank.png", Image.new("L", (50, 50), 200))
-    capsys.readouterr()
 
-    without_data = ["--data.root=nowhere", "--data.dataset=mnist"]
-    assert run_cli("predict", "--ckpt_path=best", "--data.images", "mine", *without_data, data=False) == 0
-    out = capsys.readouterr().out
-    run = newest_run(tmp_path)
-    with (run / "predictions.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    assert trained("read", "mine") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    best_path = "lightning_logs/version_0/checkpoints/best.ckpt"
+    lines = captured.out.splitlines()
+    assert lines[0] == f"Weights: {best_path}, stand-in digits (not MNIST), 11 iterations"
+    assert lines[-2:] == ["Predictions: predictions.csv", "Figure: pictures.png"]
+    rows = rows_of(tmp_path / "predictions.csv")
+    assert list(rows[0]) == ["file", "digit", "probability", "runner_up", "runner_up_probability"]
     assert [row["file"] for row in rows] == ["mine/0.png", "mine/1.png", "mine/2.png", "mine/blank.png"]
-    assert rows[-1]["digit"] == "blank"
-    mlp, _ = read_network(run.parent / "version_0/checkpoints/best.ckpt")
+    assert list(rows[-1].values())[1:] == ["blank", "", "", ""]
+    mlp, _ = read_network(tmp_path / best_path)
     seen = torch.tensor(stack([read(tmp_path / row["file"]) for row in rows[:3]]))
     (best, runner_up), (digit, second) = (pair.T for pair in mlp(seen.float()).softmax(1).topk(2))
     for index, row in enumerate(rows[:3]):
         assert (row["digit"], row["runner_up"]) == (str(int(digit[index])), str(int(second[index])))
         assert float(row["probability"]) == pytest.approx(float(best[index]), abs=1e-4)
         assert float(row["runner_up_probability"]) == pytest.approx(float(runner_up[index]), abs=1e-4)
-        assert f"{float(row['probability']):.1%}" in out
-    assert "Reading 4 pictures" in out
-    assert (run / "figures/pictures.png").stat().st_size > 10_000
+        assert f"{float(row['probability']):.1%}" in captured.out
+    assert (tmp_path / "pictures.png").stat().st_size > 10_000
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
 
+
+def test_read_skips_what_is_no_picture(
+    trained: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    save(tmp_path / "mine/0.png", as_picture(digits[0]))
+    save(tmp_path / "mine/blank.png", Image.new("L", (50, 50), 200))
     (tmp_path / "mine/note\x1b.png").write_text("no picture")
     bomb(tmp_path / "mine/bomb.png")
-    assert run_cli("predict", "--ckpt_path=best", "--data.images", "mine/0.png", "mine/[bn]*", data=False) == 1
+    assert trained("read", "mine/0.png", "mine/[bn]*") == 1
     captured = capsys.readouterr()
     assert "Skipped: mine/bomb.png has more than" in captured.err
     assert "Skipped: mine/note?.png is none of" in captured.err
     assert captured.err.splitlines()[-1] == "mnist_lightning: 2 of 4 files could not be read as pictures"
-    assert (newest_run(tmp_path) / "predictions.csv").read_text().count("\n") == 1 + 2
+    assert [row["file"] for row in rows_of(tmp_path / "predictions.csv")] == ["mine/0.png", "mine/blank.png"]
+    assert "Figure: pictures.png" in captured.out
 
-    # A name in Latin-1, no run's directory, fewer minibatches than pictures, another setting after the pictures.
-    (tmp_path / "mine/0.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/mine/\xe9.png"))
-    assert run_cli("predict", "--ckpt_path=best", "--data.images=mine/?.png", data=False) == 0
-    assert b"mine/\xe9.png," in (newest_run(tmp_path) / "predictions.csv").read_bytes()
-    capsys.readouterr()
-    few = ["--trainer.limit_predict_batches=1", "--data.batch_size=2", "--trainer.logger=false"]
-    assert run_cli("predict", "--data.images", "mine", "--ckpt_path=best", *few, data=False) == 1
+    (tmp_path / "pictures.png").unlink()
+    assert trained("read", "mine/note*") == 1
     captured = capsys.readouterr()
-    assert "mine/2.png" in captured.out
-    assert "mine/blank.png" not in captured.out
+    assert captured.err.splitlines()[-1] == "mnist_lightning: 1 of 1 files could not be read as pictures"
+    assert "Figure" not in captured.out
+    assert rows_of(tmp_path / "predictions.csv") == []
+    assert not (tmp_path / "pictures.png").exists()
 
-    for arguments, says in (
-        (["predict", "--ckpt_path=best", "--data.images", "none.png"], "there is no picture none.png"),
-        (["test", "--ckpt_path=best", "--data.images=[mine]"], "only `predict` reads pictures"),
-        (["predict", "--data.images", "--ckpt_path=best"], "data.images: which?"),
-        (["data", "--data.images=[mine]"], "only `predict` reads pictures"),
-    ):
-        assert run_cli(*arguments, data=False) == 2
-        assert says in capsys.readouterr().err
+
+def test_read_takes_names_that_are_no_text_and_other_settings(
+    trained: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"\xe9.png")  # Latin-1
+    save(tmp_path / name, as_picture(digits[0]))
+    settings = ["--ckpt_path=last", "--csv=mine.csv", "--figure", "mine.png"]
+    assert trained("read", "?.png", *settings) == 0
+    assert b"\xe9.png," in (tmp_path / "mine.csv").read_bytes()
+    out = capsys.readouterr().out
+    assert "checkpoints/last.ckpt, " in out
+    assert "?.png" in out
+    assert out.endswith("Predictions: mine.csv\nFigure: mine.png\n")
+    assert (tmp_path / "mine.png").exists()
+    # A name that begins as a setting does, and a checkpoint whose name is no text either.
+    (tmp_path / "-x.png").write_bytes((tmp_path / name).read_bytes())
+    (tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt").rename(f"{name}.ckpt")
+    assert trained("read", f"--ckpt_path={name}.ckpt", f"--csv={name}.csv", "--", "-x.png", name) == 0
+    assert capsys.readouterr().out.startswith("Weights: ?.png.ckpt, stand-in digits (not MNIST), 11 iterations\n")
+    assert [row["file"] for row in rows_of(tmp_path / f"{name}.csv")] == ["-x.png", name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "read: which pictures? Give files, folders or globs"),
+        (["none.png"], "there is no picture none.png"),
+        (["mine.png", "more/*.tif"], "there is no picture more/*.tif"),
+        (["mine.png", "--ckpt_path=nowhere.ckpt"], "ckpt_path: there is no checkpoint nowhere.ckpt"),
+        (["mine.png"], "ckpt_path: there is no best.ckpt of any run in lightning_logs yet; train one with `fit`"),
+        (["mine.png", "--figure=./mine.png"], "figure: ./mine.png is one of the pictures to read"),
+        (["mine.png", "--figures=x"], "there is no setting figures; did you mean figure?"),
+    ],
+)
+def test_wrong_read_commands_are_refused(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    save(tmp_path / "mine.png", Image.new("L", (50, 50), 200))
+    content = (tmp_path / "mine.png").read_bytes()
+    assert run_cli("read", *arguments, data=False) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"mnist_lightning: {says}")
+    assert captured.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+    assert (tmp_path / "mine.png").read_bytes() == content
+
+
+@pytest.mark.parametrize("arguments", [["predict", "--ckpt_path=best"], ["data"]])
+def test_the_data_has_no_pictures(run_cli: RunCLI, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert run_cli(*arguments, "--data.images=[mine]") == 2
+    assert "there is no setting data.images" in capsys.readouterr().err
+
+
+def test_ten_thousand_paths_are_parsed_at_once(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.process_time()
+    assert run_cli("read", *(f"{index}.png" for index in range(10_000)), data=False) == 2
+    assert time.process_time() - start < 3
+    assert "there is no picture 0.png" in capsys.readouterr().err
 
 
 def test_a_progress_bar_from_100_pictures_on(
-    run_cli: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str]
+    trained: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
     (tmp_path / "mine").mkdir()
     for index in range(120):
         save(tmp_path / f"mine/{index:03}.png", as_picture(digits[index % 10]))
-    for pattern, bar in (("mine/0*", True), ("mine/00*", False)):
-        capsys.readouterr()
-        assert run_cli("predict", "--ckpt_path=best", "--data.images", pattern, data=False) == 0
-        assert ("Reading pictures" in capsys.readouterr().out) is bar
-    assert run_cli("predict", "--ckpt_path=best", "--data.images", "mine", data=False) == 0
-    assert "and 20 more in predictions.csv" in capsys.readouterr().out
+    for pattern, terminal, bar in (("mine/0*", "1", True), ("mine/00*", "1", False), ("mine", "", False)):
+        monkeypatch.setenv("FORCE_COLOR", terminal)
+        assert trained("read", pattern) == 0
+        captured = capsys.readouterr()
+        assert ("Reading pictures" in captured.err) is bar
+    assert "and 20 more in predictions.csv" in captured.out
+    assert captured.out.count("mine/") == 100
+    assert len(rows_of(tmp_path / "predictions.csv")) == 120
 
 
 # 98.7% of 1,932 were read right with 2,000 digits, which takes minutes.
