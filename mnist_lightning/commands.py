@@ -10,16 +10,17 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from rich.console import Console
 from rich.progress import track
 
-from mnist_lightning.callbacks import printable, say
-from mnist_lightning.checkpoints import CheckpointError, find, read_network
+from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.digits import pictures, plots, reading
+from mnist_lightning.digits import files, pictures, plots, reading
+from mnist_lightning.engine.checkpoint_io import CheckpointError, find
+from mnist_lightning.engine.checkpoint_io import read as read_checkpoint
+from mnist_lightning.engine.cli import RUNS
+from mnist_lightning.engine.parser import Parser, UsageError, shorter
+from mnist_lightning.engine.run import printable, say
 from mnist_lightning.model import CLASSES, MLP
-from mnist_lightning.parser import Parser, UsageError, shorter
 from mnist_lightning.share.demo import page
 from mnist_lightning.share.export import Format, export
-
-RUNS = "lightning_logs"
 
 # Test digits that an exported network has to read as PyTorch does.
 COMPARED = 1000
@@ -31,14 +32,14 @@ def data(arguments: list[str]) -> None:
     parser.add_lightning_class_args(MNISTDataModule, "data")
     parser.add_argument("--figure", type=str, default="digits.png", help="PNG file for a figure of training digits")
     config = parser.parse_args(arguments)
-    data = _read_data(parser, config, "fit", "test")
+    data = _read_data(parser, config)
     print(f"Dataset: {data.dataset_name}")
     for name, (images, labels) in {"Training": data.train, "Validation": data.val, "Test": data.test}.items():
         print(f"{name}: {len(labels):,} digits, images {tuple(images.shape)}, labels {tuple(labels.shape)}")
     print("First five validation labels, one-hot:")
     for label, row in zip(data.val[1][:5], F.one_hot(data.val[1][:5], CLASSES), strict=True):
         print(f"  {label}: {' '.join(map(str, row.tolist()))}")
-    images, labels = data.train[0][:9], data.train[1][:9]
+    images, labels = data.train[0][:9].float() / 255, data.train[1][:9]
     titles = [f"True: {label}" for label in labels]
     plots.digit_grid(images, titles, f"{data.dataset_name}: training digits").savefig(config.figure, dpi=120)
     print(f"Figure: {config.figure}")
@@ -59,19 +60,19 @@ def read(arguments: list[str]) -> None:
     if not config.paths:
         raise UsageError("read: which pictures? Give files, folders or globs")
     try:
-        files = pictures.find(config.paths)
+        paths = pictures.find(config.paths)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if Path(config.figure).resolve() in map(Path.resolve, files):
+    if Path(config.figure).resolve() in map(Path.resolve, paths):
         raise UsageError(f"figure: {config.figure} is one of the pictures to read; give another --figure")
     mlp, trained_on, checkpoint = _network(config.ckpt_path)
     say(printable(f"Weights: {checkpoint}, {trained_on}"))
 
     console = Console(stderr=True)
-    hidden = len(files) < pictures.MANY or not console.is_terminal
-    found = track(pictures.read_all(files), "Reading pictures", len(files), console=console, disable=hidden)
+    hidden = len(paths) < pictures.MANY or not console.is_terminal
+    found = track(pictures.read_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)
     seen = {}
-    for file, result in zip(files, found, strict=True):
+    for file, result in zip(paths, found, strict=True):
         if isinstance(result, pictures.PictureError):
             print(printable(f"Skipped: {file} {result}"), file=sys.stderr)
         else:
@@ -85,8 +86,8 @@ def read(arguments: list[str]) -> None:
     if seen:
         reading.draw(config.figure, seen, probabilities)
         say(printable(f"Figure: {config.figure}"))
-    if skipped := len(files) - len(seen):
-        raise pictures.PictureError(f"{skipped:,} of {len(files):,} files could not be read as pictures")
+    if skipped := len(paths) - len(seen):
+        raise pictures.PictureError(f"{skipped:,} of {len(paths):,} files could not be read as pictures")
 
 
 def demo(arguments: list[str]) -> None:
@@ -113,7 +114,7 @@ def export_network(arguments: list[str]) -> None:
     parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors")
     config = parser.parse_args(arguments)
     mlp, trained_on, _ = _network(config.ckpt_path)
-    images = _read_data(parser, config, "test").test[0][:COMPARED]
+    images = _read_data(parser, config).test[0][:COMPARED].float() / 255
     path, difference = export(mlp, config.format, config.output, images, trained_on)
     print(f"Network: {path}, {path.stat().st_size / 1e6:.1f} MB, trained on {trained_on}")
     print(f"Read back: the logits of {len(images):,} test digits differ from PyTorch's by {difference:.1e} at most")
@@ -128,13 +129,13 @@ def _parser(name: str, description: str) -> Parser:
     return parser
 
 
-def _read_data(parser: Parser, config: Any, *stages: str) -> MNISTDataModule:
+def _read_data(parser: Parser, config: Any) -> MNISTDataModule:
     try:
         data: MNISTDataModule = parser.instantiate_classes(config).data
     except ValueError as error:
         raise UsageError(shorter(str(error))) from error
-    for stage in stages:
-        data.setup(stage)
+    data.prepare_data()
+    data.setup("fit")
     return data
 
 
@@ -145,8 +146,14 @@ def _add_checkpoint(parser: Parser) -> None:
 
 
 def _network(name: str) -> tuple[MLP, str, Path]:
+    """The network of a checkpoint, in float32 and for reading only; in words what it was trained on; and its file."""
     try:
         path = find(name, Path(RUNS))
-        return *read_network(path), path
+        checkpoint = read_checkpoint(path, MNISTClassifier)
     except CheckpointError as error:
         raise UsageError(f"ckpt_path: {error}") from error
+    classifier = MNISTClassifier(**checkpoint["hyper_parameters"])
+    classifier.load_state_dict(checkpoint["state_dict"])
+    dataset = checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")
+    trained_on = f"{files.NAMES.get(dataset, dataset)}, {checkpoint['global_step']:,} iterations"
+    return classifier.mlp.float().eval().requires_grad_(False), printable(trained_on), path

@@ -10,14 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import RunCLI
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from PIL import Image
 
-from mnist_lightning.checkpoints import CheckpointError, CheckpointIO, read
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.distortions import Distortions
+from mnist_lightning.engine import checkpoint_io
+from mnist_lightning.engine.checkpoint_io import CheckpointError, CheckpointIO
+from mnist_lightning.engine.resume import ExactResumption
+
+
+def read(path: Path) -> dict[str, Any]:
+    return checkpoint_io.read(path, MNISTClassifier)
 
 
 class MakesAFile:
@@ -65,7 +73,7 @@ def test_checkpoints_that_hold_code_are_refused_and_nothing_runs(
             assert name == "bare.ckpt" or "refused: expected tensors and plain values only, found posix.system" in err
             assert err.count("\n") == 1
         with pytest.raises(CheckpointError, match=name):
-            CheckpointIO().load_checkpoint(name, weights_only=False)
+            CheckpointIO(MNISTClassifier).load_checkpoint(name, weights_only=False)
     assert not made.exists()
     assert not (tmp_path / "lightning_logs").exists()
     torch.load("zipped.ckpt", weights_only=False)
@@ -92,10 +100,7 @@ def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
         (lambda c: {**c, "state_dict": [1]}, "not of this program"),
         (lambda c: {**c, "loops": {}}, "not of this program: KeyError: 'fit_loop'"),
         (lambda c: {**c, "global_step": "many"}, "not of this program: .*whole numbers"),
-        (lambda c: {**c, "datamodule_hyper_parameters": {}}, "not of this program: .*dataset"),
         (lambda c: {**c, "optimizer_states": [{}]}, "not of this program: .*param_groups"),
-        (lambda c: {**c, "lr_schedulers": [{}]}, "not of this program: .*total_steps"),
-        (lambda c: {**c, "lr_schedulers": [{"total_steps": "x"}]}, "not of this program: .*whole number"),
         (
             lambda c: {**c, "state_dict": {key: value * math.nan for key, value in c["state_dict"].items()}},
             "refused: expected weights that are finite numbers",
@@ -104,7 +109,6 @@ def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
             lambda c: {**c, "state_dict": {key: value.int() for key, value in c["state_dict"].items()}},
             "of another network",
         ),
-        (lambda c: {**c, "datamodule_hyper_parameters": {"dataset": "evil"}}, "not of this program: KeyError: 'evil'"),
         (
             lambda c: without(c, "pytorch-lightning_version"),
             "not of this program: expected .*pytorch-lightning_version",
@@ -127,7 +131,7 @@ def test_checkpoints_of_something_else_are_named(
 
 
 def test_only_checkpoints_beside_the_saved_ones_are_ever_removed(tmp_path: Path) -> None:
-    plugin = CheckpointIO()
+    plugin = CheckpointIO(MNISTClassifier)
     plugin.save_checkpoint({}, tmp_path / "run" / "one.ckpt")
     for name in ("run/keep.txt", "victim/thesis.ckpt", "run/folder.ckpt/thesis.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -184,6 +188,186 @@ def test_a_recipes_checkpoint_loads_without_a_trainer_and_is_no_other_recipes(ru
     assert MNISTClassifier.load_from_checkpoint(checkpoint).learning_rate_schedule == "one_cycle"
     data = MNISTDataModule.load_from_checkpoint(checkpoint, root=str(root))
     assert data.distortions == Distortions(shift=1)
-    trainer = Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, callbacks=[ExactResumption()]
+    )
     with pytest.raises(MisconfigurationException, match="is for none, that of the checkpoint for 22 iterations"):
         trainer.fit(MNISTClassifier(), datamodule=data, ckpt_path=checkpoint)
+
+
+# Checkpoints of the versions before 0.2, which took several minibatches in each call of `training_step`.
+
+
+def of_old(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the old program would have saved where this one saved a checkpoint between two epochs."""
+    steps, epochs = checkpoint["global_step"], checkpoint["epoch"] + 1 if checkpoint["global_step"] else 0
+    calls = dict.fromkeys(("ready", "completed", "started", "processed"), epochs)  # one call is an epoch here
+    counts, none = {"ready": steps, "completed": steps}, {"ready": 0, "completed": 0}
+    four = dict.fromkeys(calls, 0)
+    optimizer = {
+        "step": {"total": none, "current": none},
+        "zero_grad": {"total": {**none, "started": 0}, "current": {**none, "started": 0}},
+    }
+    data = checkpoint["datamodule_hyper_parameters"]
+    settings = {"steps_per_execution": 50} | data
+    fit_loop = checkpoint["loops"]["fit_loop"] | {
+        "state_dict": {"combined_loader": [{"done": 0, "steps_per_execution": 50}]},
+        "epoch_loop.state_dict": {"_batches_that_stepped": steps},
+        "epoch_loop.batch_progress": {
+            "total": calls,
+            "current": dict.fromkeys(calls, 1) if epochs else four,
+            "is_last_batch": epochs > 0,
+        },
+        "epoch_loop.scheduler_progress": {"total": none, "current": none},
+        "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
+        "epoch_loop.manual_optimization.state_dict": {},
+        "epoch_loop.manual_optimization.optim_step_progress": {"total": counts, "current": counts},
+    }
+    report = {name: checkpoint["callbacks"]["Report"][name] for name in ("train", "val", "train_seconds")}
+    return {
+        **{name: checkpoint[name] for name in ("epoch", "global_step", "pytorch-lightning_version", "state_dict")},
+        "loops": checkpoint["loops"] | {"fit_loop": fit_loop},
+        "callbacks": {"Report": report, "BestAndLast": checkpoint["callbacks"]["BestAndLast"]},
+        **{name: checkpoint[name] for name in ("optimizer_states", "lr_schedulers", "hyper_parameters")},
+        "hparams_name": "kwargs",
+        "datamodule_hparams_name": None,
+        "datamodule_hyper_parameters": settings,
+        "MNISTDataModule": {**data, "iterations_per_epoch": 11},
+        "rng_states": torch.get_rng_state()[None],
+    }
+
+
+@pytest.fixture
+def old_run(run_cli: RunCLI, tmp_path: Path) -> Path:
+    """The directory of a run of the old program, whose `config.yaml` has settings that are gone."""
+    assert run_cli("fit", "--trainer.max_epochs=2", "--model.hidden_dim=7", "--test_after_fit=false") == 0
+    run = tmp_path / "lightning_logs/version_0"
+    for name in ("best", "last"):
+        path = run / f"checkpoints/{name}.ckpt"
+        torch.save(of_old(read(path)), path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["fused_step"] = True
+    config["data"] |= {"steps_per_execution": 50, "images": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_old_checkpoints_weights_load_for_all_commands_but_fit(
+    run_cli: RunCLI, old_run: Path, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str], by_name: bool
+) -> None:
+    if by_name:
+        best, last = "best", "last"
+    else:
+        best, last = (str((old_run / f"checkpoints/{name}.ckpt").rename(f"{name}.ckpt")) for name in ("best", "last"))
+    weights = read(tmp_path / last if not by_name else old_run / "checkpoints/last.ckpt")["state_dict"]
+    files = {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()}
+
+    capsys.readouterr()
+    for more in ([], ["--trainer.max_epochs=5"], ["--model.hidden_dim=7"], ["--checkpoint_every=3"]):
+        assert run_cli("fit", f"--ckpt_path={last}", *more) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("mnist_lightning: ckpt_path: ")
+        assert "older version" in err
+        assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in old_run.rglob("*") if path.is_file()} == files
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+
+    for command in ("validate", "test", "predict"):
+        assert run_cli(command, f"--ckpt_path={last}") == 0
+        out, err = capsys.readouterr()
+        assert "Weights of iteration 22, trained on" in out
+        assert err == ""
+    picture = tmp_path / "digit.png"
+    Image.new("L", (28, 28)).save(picture)
+    assert run_cli("read", str(picture), f"--ckpt_path={best}", data=False) == 0
+    assert run_cli("demo", f"--ckpt_path={last}", "--no-open", data=False) == 0
+    assert run_cli("export", "--format=torchscript", f"--ckpt_path={last}", "--output=old.pt") == 0
+    classifier = MNISTClassifier(hidden_dim=7)
+    classifier.load_state_dict(weights)
+    images = torch.rand(5, 784)
+    torch.testing.assert_close(torch.jit.load("old.pt")(images), classifier.eval()(images))
+
+
+def test_an_old_config_is_refused_by_the_setting_that_is_gone(
+    run_cli: RunCLI, old_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the old program told to resume a run that a signal had ended."""
+    capsys.readouterr()
+    for resume in ([], ["--ckpt_path", str(old_run / "checkpoints/last.ckpt")]):
+        assert run_cli("fit", "--config", str(old_run / "config.yaml"), *resume) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "fused_step" in err or "steps_per_execution" in err
+
+
+def test_an_old_checkpoint_from_before_the_first_iteration_is_refused_too(
+    run_cli: RunCLI, old_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The old program saved one as training began."""
+    path = old_run / "checkpoints/last.ckpt"
+    checkpoint = read(path)
+    checkpoint |= {"global_step": 0, "epoch": 0}
+    checkpoint["optimizer_states"][0]["state"] = {}
+    checkpoint["callbacks"] |= {"Report": {"train": [], "val": [], "train_seconds": 0.0, "dataset": "synthetic"}}
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    for part in ("total", "current"):
+        for progress in ("epoch_progress", "epoch_loop.val_loop.batch_progress"):
+            fit_loop[progress][part] = dict.fromkeys(fit_loop[progress][part], 0)
+        fit_loop["epoch_progress"][part]["ready"] = 1
+    torch.save(of_old(checkpoint), path)
+    torch.save(of_old(checkpoint), "elsewhere.ckpt")
+    capsys.readouterr()
+    for name in ("elsewhere.ckpt", "last"):
+        assert run_cli("fit", f"--ckpt_path={name}") == 2
+        err = capsys.readouterr().err
+        assert "older version" in err
+        assert err.count("\n") == 1
+    assert run_cli("test", "--ckpt_path=last") == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["loops"]["fit_loop"].pop("epoch_loop.manual_optimization.optim_step_progress"),
+        lambda c: c["loops"]["fit_loop"].update({"epoch_loop.manual_optimization.optim_step_progress": 3}),
+        lambda c: c["loops"]["fit_loop"]["state_dict"].update(combined_loader=[{"done": 5}]),
+        lambda c: c["loops"]["fit_loop"]["state_dict"].update(random_states=[None, torch.zeros(1, 3)]),
+        lambda c: c["loops"]["fit_loop"]["state_dict"].update(random_states=[None, torch.zeros(1, 9).byte()]),
+        lambda c: c["loops"]["fit_loop"]["state_dict"].update(random_states=[None]),
+        lambda c: c["callbacks"]["Report"].pop("train"),
+        lambda c: c.update(lr_schedulers=[{}]),
+        lambda c: c.update(lr_schedulers=[{"total_steps": "\x1b[2J"}]),
+        lambda c: c.update(iterations_per_epoch=12),
+        lambda c: c.update(datamodule_hyper_parameters={}),
+        lambda c: c["datamodule_hyper_parameters"].update(dataset="evil"),
+        lambda c: c["datamodule_hyper_parameters"].update(dataset=["mnist"]),
+    ],
+)
+def test_a_checkpoint_that_no_version_saved_ends_in_one_line(
+    run_cli: RunCLI,
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], Any],
+) -> None:
+    settings = ["--model.hidden_dim=7", "--test_after_fit=false"]
+    assert run_cli("fit", "--trainer.max_steps=5", *settings) == 0
+    checkpoint = read(Path("lightning_logs/version_0/checkpoints/last.ckpt"))
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    Image.new("L", (28, 28)).save(tmp_path / "digit.png")
+    capsys.readouterr()
+    auto = ["--data.dataset=auto", f"--data.root={root}", "--data.val_size=200"]  # the checkpoint's dataset
+    codes = [
+        run_cli("fit", "--ckpt_path=changed.ckpt", "--trainer.max_epochs=2", *auto, *settings, data=False),
+        run_cli("test", "--ckpt_path=changed.ckpt"),
+        run_cli("read", "digit.png", "--ckpt_path=changed.ckpt", data=False),
+    ]
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("mnist_lightning: ")]
+    assert codes[0] in (1, 2)
+    assert len(lines) == sum(code > 0 for code in codes)
+    assert "Traceback" not in err
+    assert "\x1b[2J" not in out + err

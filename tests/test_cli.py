@@ -10,6 +10,7 @@ import pytest
 from conftest import RunCLI
 
 README = Path(__file__).parent.parent / "README.md"
+ASSET = README.parent / ".github/assets/misclassified.png"
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ README = Path(__file__).parent.parent / "README.md"
         (["fit", "--data.batch_sizes=3"], "no setting data.batch_sizes; did you mean data.batch_size?"),
         (["fit", "--data.batch_size=many"], "data.batch_size"),
         (["fit", "--data.batch_size=0"], "batch_size"),
-        (["fit", "--data.steps_per_execution=0"], "steps_per_execution"),
+        (["fit", "--data.steps_per_execution=50"], "there is no setting data.steps_per_execution"),
         (["fit", "--data.val_size=60000"], "val_size"),
         (["fit", "--data.val_size=-1"], "val_size"),
         (["fit", "--data.dataset=cifar"], "data.dataset"),
@@ -28,8 +29,10 @@ README = Path(__file__).parent.parent / "README.md"
         (["fit", "--seed_everything=true"], "seed"),
         (["fit", "--test_weights=first"], "test_weights"),
         (["fit", "--config=nowhere.yaml"], "nowhere.yaml"),
-        (["fit", "--trainer.gradient_clip_val=0.5"], "trainer.gradient_clip_val"),
-        (["fit", "--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches"),
+        (["fit", "--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val must be at least 0, not -1"),
+        (["fit", "--trainer.gradient_clip_algorithm=size"], "gradient_clip_algorithm"),
+        (["fit", "--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches must be at least 1, not 0"),
+        (["fit", "--trainer.fast=maybe"], "trainer.fast"),
         (["fit", "--trainer.accelerator=abacus"], "abacus"),
         (["fit", "--ckpt_path=last"], "last.ckpt"),
         (["test", "--ckpt_path=best"], "best.ckpt"),
@@ -37,7 +40,7 @@ README = Path(__file__).parent.parent / "README.md"
         (["test", f"--ckpt_path={README}"], "README.md"),
         (["test"], "ckpt_path"),
         (["fit", f"--config={README.parent / 'LICENSE'}"], "LICENSE"),
-        (["fit", f"--config={README.parent / '.github/assets/misclassified.png'}"], "misclassified.png"),
+        (["fit", f"--config={ASSET}"], ASSET.name),
         (["fit", "--trainer.max_epochs=two"], "trainer.max_epochs"),
         (["fit", "--trainer.max_epochs=0"], "trainer.max_epochs must be at least 1, or -1 for no limit, not 0"),
         (["fit", "--trainer.max_epochs=-2"], "trainer.max_epochs"),
@@ -46,9 +49,9 @@ README = Path(__file__).parent.parent / "README.md"
         (["fit", "--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch"),
         (["fit", "--trainer.num_sanity_val_steps=-2"], "trainer.num_sanity_val_steps"),
         (["fit", "--trainer.val_check_interval=0"], "val_check_interval must be above 0"),
-        (["fit", "--trainer.val_check_interval=12"], "val_check_interval 12 is more than the 11 minibatches"),
+        (["fit", "--trainer.val_check_interval=12"], "val_check_interval"),
         (["fit", "--trainer.limit_train_batches=0.01"], "limit_train_batches"),
-        (["fit", "--trainer.limit_test_batches=0.1"], "limit_test_batches 0.1 of 3 minibatches is none"),
+        (["fit", "--trainer.limit_test_batches=0.1"], "limit_test_batches"),
         (["fit", "--trainer.limit_train_batches=-1"], "limit_train_batches"),
         (["fit", "--checkpoint_every=-1"], "checkpoint_every"),
         (["fit", "--trainer.max_epoch=3"], "no setting trainer.max_epoch; did you mean trainer.max_epochs?"),
@@ -64,7 +67,6 @@ README = Path(__file__).parent.parent / "README.md"
         (["fit", "--data.distortions.rotation=abc"], 'key "rotation": Expected a float. Got value: abc'),
         (["fit", "--data.distortions.scale=2"], ": distortions.scale must be below 1, not 2"),
         (["data", "--data.distortions.scale=2"], ": distortions.scale must be below 1, not 2"),
-        (["fit", "--data.distortions=true", "--trainer.overfit_batches=2"], "overfit_batches"),
         (["fit", "--trainer.devices=3"], "100 does not divide by 3; give 99 or 102"),
         (["fit", "--trainer.devices=3", "--data.batch_size=2"], "2 does not divide by 3; give 3"),
         (["fit", "--trainer.devices=2", "--trainer.strategy=ddp_fork"], "trainer.strategy: for several processes"),
@@ -74,12 +76,21 @@ README = Path(__file__).parent.parent / "README.md"
         (["learn"], "there is no command learn; give fit, validate, test, predict, data, read, demo or export"),
         ([""], "a command is missing; give fit, validate, test, predict, data, read, demo or export"),
         (["data", "--data.val_size=0"], "val_size"),
+        (["raed"], "there is no command raed; did you mean read?"),
+        (["read"], "read: which pictures? Give files, folders or globs"),
+        (["read", "nowhere.png"], "there is no picture nowhere.png"),
+        (["read", str(ASSET)], "ckpt_path: there is no best.ckpt of any run"),
+        (["read", str(ASSET), "--ckpt_path=nowhere.ckpt"], "ckpt_path: there is no checkpoint nowhere.ckpt"),
+        (["read", str(ASSET), f"--ckpt_path={README}"], "README.md"),
+        (["read", str(ASSET), f"--figure={ASSET}"], "is one of the pictures to read"),
+        (["read", "--cvs=x.csv"], "there is no setting cvs; did you mean csv?"),
+        (["read", "--data.root=data"], "there is no setting data.root"),
     ],
 )
 def test_wrong_commands_are_refused(
     run_cli: RunCLI, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], named: str
 ) -> None:
-    assert run_cli(*arguments) == 2
+    assert run_cli(*arguments, data=arguments[0] != "read") == 2
     err = capfd.readouterr().err
     assert err.startswith("mnist_lightning: ")
     assert err.count("\n") == 1
@@ -160,6 +171,22 @@ def test_the_readmes_commands_are_valid(run_cli: RunCLI, monkeypatch: pytest.Mon
     arguments = [argument for argument in arguments if argument not in ("best", "last", "--ckpt_path")]
     monkeypatch.chdir(README.parent)
     assert run_cli(name, *arguments, "--print_config", data=False) == 0
+
+
+def test_help_offers_the_engines_setting(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("fit", "--help", data=False) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--trainer.fast {true,false} Run iterations quietly." in out
+    assert "(type: bool, default: True) --trainer.accelerator" in out
+
+
+def test_one_minibatch_is_not_all_of_them_whatever_was_imported_before(tmp_path: Path) -> None:
+    # `typing` may take another module's `Optional[Union[float, int]]` for Lightning's: 1 would be read as 1.0.
+    code = "import sys, mnist_lightning.digits.synthetic; from mnist_lightning.__main__ import main; sys.exit(main())"
+    arguments = ["fit", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1.0", "--print_config"]
+    out = subprocess.check_output([sys.executable, "-c", code, *arguments], cwd=tmp_path, text=True)
+    assert "  limit_val_batches: 1\n" in out
+    assert "  limit_test_batches: 1.0\n" in out
 
 
 def test_importing_the_package_undoes_lightnings_costly_default() -> None:

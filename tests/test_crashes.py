@@ -14,19 +14,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import RunCLI, Start, assert_the_same, everything, newest_run, small
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
-from mnist_lightning.callbacks import RunLogger
-from mnist_lightning.checkpoints import CheckpointIO
 from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning.engine.checkpoint_io import CheckpointIO
+from mnist_lightning.engine.loop import QuietLoop, Trainer
+from mnist_lightning.engine.tensorboard import RunLogger
 
-Step = Callable[[MNISTClassifier, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-ordinary_step: Step = MNISTClassifier._fused_or_step
+Act = Callable[[Trainer], None]
 
 
 @pytest.fixture(autouse=True)
@@ -37,33 +39,30 @@ def _event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 RUNS = {
     "default": [],
-    "mid_epoch": ["--data.steps_per_execution=3", "--checkpoint_every=3", "--trainer.log_every_n_steps=2"],
+    "mid_epoch": ["--checkpoint_every=3", "--trainer.log_every_n_steps=2"],
+    "each_iteration_visited": ["--checkpoint_every=1", "--trainer.log_every_n_steps=1"],
     "validation_in_mid_epoch": [
-        "--data.steps_per_execution=2",
-        "--checkpoint_every=1",
+        "--checkpoint_every=3",
+        "--trainer.log_every_n_steps=5",
         "--trainer.limit_train_batches=8",
         "--trainer.val_check_interval=4",
     ],
-    "validation_in_some_epochs": [
-        "--data.steps_per_execution=4",
-        "--checkpoint_every=2",
-        "--trainer.check_val_every_n_epoch=2",
+    "validation_in_some_epochs": ["--checkpoint_every=4", "--trainer.check_val_every_n_epoch=2"],
+    "validation_across_epochs": [
+        "--checkpoint_every=5",
+        "--trainer.log_every_n_steps=3",
+        "--trainer.val_check_interval=7",
+        "--trainer.check_val_every_n_epoch=null",
     ],
-    "dropout": [
-        "--data.steps_per_execution=4",
-        "--checkpoint_every=1",
-        "--trainer.log_every_n_steps=1",
-        "--model.dropout=0.2",
-    ],
+    "dropout": ["--checkpoint_every=4", "--trainer.log_every_n_steps=3", "--model.dropout=0.2"],
     "distortions": [
-        "--data.steps_per_execution=3",
         "--checkpoint_every=3",
         "--data.distortions=true",
         "--model.learning_rate_schedule=one_cycle",
         "--model.weight_decay=0.1",
     ],
-    "double_precision": ["--data.steps_per_execution=4", "--checkpoint_every=1", "--trainer.precision=64-true"],
-    "max_steps": ["--data.steps_per_execution=5", "--checkpoint_every=5", "--trainer.max_steps=EPOCHS0"],
+    "double_precision": ["--checkpoint_every=4", "--trainer.precision=64-true"],
+    "max_steps": ["--checkpoint_every=5", "--trainer.max_steps=EPOCHS0"],
 }
 
 
@@ -164,20 +163,27 @@ def test_two_processes_do_not_resume_one_run(tmp_path: Path, root: Path, start: 
     assert all(len(EventAccumulator(str(run / name)).Reload().Tags()["scalars"]) == 0 for name in added)
 
 
+class Slow(pl.Callback):
+    """An iteration takes a minute."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(60)
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start) -> None:
-    # One call of training_step takes half a minute.
-    slow = ["--model.hidden_dim=20000", "--data.batch_size=1", "--data.steps_per_execution=2000"]
-    process = start(tmp_path, [*small(root), *slow])
-    while process.is_alive() and "Training on" not in (tmp_path / "output.txt").read_text():
+    process = start(tmp_path, [*small(root), "--trainer.callbacks=test_crashes.Slow"])
+    while process.is_alive() and not list(tmp_path.glob("lightning_logs/*/checkpoints/last.ckpt")):
         time.sleep(0.05)
     time.sleep(1)
     assert process.pid
+    started = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     while "a second signal stops at once" not in (tmp_path / "output.txt").read_text():  # two signals at once are one
         time.sleep(0.05)
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
     process.join()
+    assert time.monotonic() - started < 30
     assert process.exitcode == 130
     assert (tmp_path / "output.txt").read_text().splitlines()[-1] == "mnist_lightning: interrupted"
     checkpoint = torch.load(tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
@@ -188,21 +194,37 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start)
 
 
 @contextmanager
-def at_iteration(iteration: int, act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` before an iteration of the runs in this process."""
+def at_iteration(iteration: int, act: Act) -> Iterator[list[bool]]:
+    """Call `act` before an iteration of the runs in this process; yields whether each iteration was a quiet one."""
+    quiet: list[bool] = []
+    visit, step = _AutomaticOptimization.run, QuietLoop._step
 
-    def step(self: MNISTClassifier, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
-        if self.global_step + 1 == iteration:
-            act()
-        return ordinary_step(self, images, labels, size)
+    def visited(self: _AutomaticOptimization, *args: Any) -> Any:
+        before(self.trainer, is_quiet=False)
+        return visit(self, *args)
+
+    def quietly(self: QuietLoop, *args: Any) -> Tensor | None:
+        before(self.trainer, is_quiet=True)
+        return step(self, *args)
+
+    def before(trainer: Any, is_quiet: bool) -> None:
+        quiet.append(is_quiet)
+        if trainer.global_step + 1 == iteration:
+            act(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MNISTClassifier, "_fused_or_step", step)
-        yield
+        patch.setattr(_AutomaticOptimization, "run", visited)
+        patch.setattr(QuietLoop, "_step", quietly)
+        yield quiet
 
 
-def stop() -> None:
+def stop(_: Trainer) -> None:
     signal.raise_signal(signal.SIGTERM)
+
+
+def iteration_of(run: Path, name: str = "last") -> int:
+    iteration: int = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["global_step"]
+    return iteration
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -213,8 +235,85 @@ def test_a_run_stopped_at_any_iteration_goes_on_exactly(run_cli: RunCLI, tmp_pat
     for number, iteration in enumerate((3, 11, 12, 30), start=1):
         with at_iteration(iteration, stop):
             assert run_cli("fit", *settings) == 128 + signal.SIGTERM, iteration
+        assert iteration_of(runs / f"version_{number}") in (iteration, iteration + 1)
         assert run_cli("fit", *settings, "--ckpt_path=last") == 0, iteration
         assert_the_same(runs / "version_0", runs / f"version_{number}")
+
+
+def test_all_iterations_of_two_epochs_can_be_the_one_that_a_run_is_stopped_in(run_cli: RunCLI, tmp_path: Path) -> None:
+    settings = ["--trainer.max_epochs=3", "--model.hidden_dim=20", "--test_after_fit=false", "--model.dropout=0.2"]
+    settings += ["--trainer.log_every_n_steps=4", "--trainer.val_check_interval=8"]
+    assert run_cli("fit", *settings) == 0
+    runs = tmp_path / "lightning_logs"
+    kinds = set()
+    for iteration in range(1, 23):
+        with at_iteration(iteration, stop) as quiet:
+            assert run_cli("fit", *settings) == 128 + signal.SIGTERM, iteration
+        stopped_at = iteration_of(runs / f"version_{iteration}")
+        assert stopped_at == iteration + quiet[iteration - 1], iteration
+        kinds.add(quiet[iteration - 1])
+        assert run_cli("fit", *settings, "--ckpt_path=last") == 0, iteration
+        assert_the_same(runs / "version_0", runs / f"version_{iteration}")
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("iteration", [21, 22])
+def test_a_run_stopped_in_its_last_iterations_is_done(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], iteration: int
+) -> None:
+    settings = ["--trainer.max_epochs=2", "--model.hidden_dim=20"]
+    assert run_cli("fit", *settings) == 0
+    with at_iteration(iteration, stop):
+        assert run_cli("fit", *settings) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert run_cli("fit", *settings, "--ckpt_path=last") == 0
+    assert capsys.readouterr().out.startswith("This run is done, at iteration 22; ")
+    assert_the_same(tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1")
+
+
+def test_a_signal_is_heeded_in_a_quiet_iteration_of_a_long_epoch(run_cli: RunCLI, tmp_path: Path) -> None:
+    settings = ["--data.batch_size=1", "--model.hidden_dim=5", "--trainer.log_every_n_steps=0"]
+    for number, iteration in enumerate((2, 150, 151, 637)):
+        with at_iteration(iteration, stop) as quiet:
+            assert run_cli("fit", *settings) == 128 + signal.SIGTERM
+        assert quiet[iteration - 1], iteration
+        assert len(quiet) == iteration_of(tmp_path / f"lightning_logs/version_{number}") == iteration + 1
+
+
+def test_a_second_signal_stops_at_once_within_a_quiet_iteration(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--trainer.max_epochs=2", "--model.hidden_dim=20", "--test_after_fit=false"]
+    assert run_cli("fit", *settings) == 0
+
+    def stop_twice(trainer: Trainer) -> None:
+        stop(trainer)
+        stop(trainer)
+        pytest.fail("it went on after a second signal")
+
+    with at_iteration(15, stop_twice) as quiet:
+        assert run_cli("fit", *settings) == 128 + signal.SIGTERM
+    assert quiet[-1]
+    assert len(quiet) == 15
+    assert "Stopped and saved" not in capsys.readouterr().out
+    assert iteration_of(tmp_path / "lightning_logs/version_1") == 11
+    assert run_cli("fit", *settings, "--ckpt_path=last") == 0
+    assert_the_same(tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1")
+
+
+@pytest.mark.parametrize("name", ["default", "mid_epoch", "validation_in_mid_epoch", "dropout"])
+@pytest.mark.parametrize("end", [4, 8, 17, 22, 27])
+def test_a_run_that_max_steps_ended_in_mid_epoch_goes_on_exactly(
+    run_cli: RunCLI, tmp_path: Path, name: str, end: int
+) -> None:
+    settings = [*settings_of(name, 4), "--test_after_fit=false"]
+    assert run_cli("fit", *settings) == 0
+    assert run_cli("fit", *settings, f"--trainer.max_steps={end}") == 0
+    assert iteration_of(tmp_path / "lightning_logs/version_1") == end
+    assert run_cli("fit", "--ckpt_path=last", f"--trainer.max_steps={end + 2}") == 0  # its settings are in config.yaml
+    assert iteration_of(tmp_path / "lightning_logs/version_1") == end + 2
+    assert run_cli("fit", "--ckpt_path=last", "--trainer.max_steps=-1") == 0
+    assert_the_same(tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1")
 
 
 def test_a_schedule_goes_on_by_the_iteration_whatever_else_a_checkpoint_says_of_it(
@@ -245,9 +344,7 @@ def test_a_run_stopped_in_the_last_iteration_of_an_epoch_still_ends_the_epoch(
     assert ended == [0, 1, 2]
 
 
-def test_checkpoint_every_saves_at_the_end_of_the_running_call(
-    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_every_saves_at_multiples(run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     save = CheckpointIO.save_checkpoint
 
@@ -256,16 +353,16 @@ def test_checkpoint_every_saves_at_the_end_of_the_running_call(
         save(self, checkpoint, path, storage_options)
 
     monkeypatch.setattr(CheckpointIO, "save_checkpoint", record)
-    settings = ["--trainer.max_epochs=2", "--data.steps_per_execution=2", "--test_after_fit=false"]
+    settings = ["--trainer.max_epochs=2", "--test_after_fit=false"]
     assert run_cli("fit", *settings, "--checkpoint_every=5") == 0
-    assert [iteration for name, iteration in saved if name == "last.ckpt"] == [0, 6, 10, 11, 15, 21, 22]
+    assert [iteration for name, iteration in saved if name == "last.ckpt"] == [0, 5, 10, 11, 15, 20, 22]
     saved.clear()
     assert run_cli("fit", *settings) == 0
     assert [iteration for name, iteration in saved if name == "last.ckpt"] == [0, 11, 22]
 
 
 def test_resuming_takes_back_what_was_logged_after_the_checkpoint(run_cli: RunCLI, tmp_path: Path) -> None:
-    settings = ["--trainer.log_every_n_steps=2", "--data.steps_per_execution=4"]
+    settings = ["--trainer.log_every_n_steps=2"]
     assert run_cli("fit", *settings, "--trainer.max_epochs=4") == 0
     assert run_cli("fit", *settings, "--trainer.max_epochs=1") == 0
     whole, crashed = (tmp_path / "lightning_logs" / f"version_{i}" for i in (0, 1))
@@ -288,7 +385,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run_cli: RunCLI, tmp_path: Pa
         "--data.distortions=true",
         "--trainer.limit_train_batches=5",
     ):
-        assert run_cli("fit", "--ckpt_path=last", setting) == 2
+        assert run_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=4", setting) == 2
         assert (everything(run), (run / "config.yaml").read_text()) == before
 
 
@@ -306,7 +403,7 @@ def test_a_resumed_run_keeps_its_settings(run_cli: RunCLI, tmp_path: Path, capsy
 def test_last_means_the_newest_run_though_it_died_before_its_first_epoch(run_cli: RunCLI, tmp_path: Path) -> None:
     assert run_cli("fit", "--trainer.max_epochs=2") == 0
 
-    def die() -> None:
+    def die(_: Trainer) -> None:
         raise RuntimeError("died")
 
     with at_iteration(3, die):
@@ -343,7 +440,7 @@ def test_curves_are_on_disk_before_the_checkpoint(
 
     monkeypatch.setattr(CheckpointIO, "save_checkpoint", look)
     assert run_cli("fit", "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--test_after_fit=false") == 0
-    assert set(seen) == {(11, 11, 11), (22, 22, 22)}
+    assert set(seen) == {(11, 10, 10), (22, 21, 21)}
 
 
 def test_resuming_a_run_that_is_done_says_how_to_train_longer(
@@ -360,45 +457,40 @@ def test_resuming_a_run_that_is_done_says_how_to_train_longer(
         assert "Test loss" in out
 
 
-def not_finite_from(iteration: int, value: float) -> Step:
-    def step(self: MNISTClassifier, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
-        loss, logits = ordinary_step(self, images, labels, size)
-        return (loss * value if self.global_step >= iteration else loss), logits
+def make_losses(value: float) -> Act:
+    """Break the network so that its losses are `value` from here on; an infinite one leaves all gradients finite."""
 
-    return step
+    def act(trainer: Trainer) -> None:
+        module = trainer.lightning_module
+        assert isinstance(module, MNISTClassifier)
+        module.mlp.output.bias.data[3] = -value
+
+    return act
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("iteration", "is_quiet"), [(15, True), (12, False)])
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_best(
-    run_cli: RunCLI,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    value: float,
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, iteration: int, is_quiet: bool
 ) -> None:
-    monkeypatch.setattr(MNISTClassifier, "_fused_or_step", not_finite_from(15, value))
-    assert run_cli("fit", "--trainer.max_epochs=5") == 1
+    with at_iteration(iteration, make_losses(value)) as quiet:
+        assert run_cli("fit", "--trainer.max_epochs=5") == 1
+    assert quiet[iteration - 1] == is_quiet
     err = capsys.readouterr().err
-    assert err.startswith(f"mnist_lightning: the loss is {value} at iteration 15;")
+    assert err.startswith(f"mnist_lightning: the loss is {value} at iteration {iteration};")
     assert err.count("\n") == 1
-    best = torch.load(tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt", weights_only=True)
-    assert best["global_step"] == 11
+    assert iteration_of(tmp_path / "lightning_logs/version_0", "best") == 11
     assert run_cli("test", "--ckpt_path=best") == 0
 
 
 def test_a_loss_that_is_not_finite_is_noticed_within_a_hundred_iterations(
-    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch
+    run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = []
-    bad = not_finite_from(150, float("nan"))
-
-    def step(self: MNISTClassifier, images: Tensor, labels: Tensor, size: float) -> tuple[Tensor, Tensor]:
-        steps.append(self.global_step)
-        return bad(self, images, labels, size)
-
-    monkeypatch.setattr(MNISTClassifier, "_fused_or_step", step)
-    assert run_cli("fit", "--data.batch_size=1", "--data.steps_per_execution=2000", "--model.hidden_dim=5") == 1
-    assert 150 <= len(steps) <= 250
+    settings = ["--data.batch_size=1", "--model.hidden_dim=5", "--trainer.log_every_n_steps=0"]
+    with at_iteration(150, make_losses(float("nan"))) as quiet:
+        assert run_cli("fit", *settings) == 1
+    assert 150 <= len(quiet) <= 250
+    assert "the loss is nan at iteration 150;" in capsys.readouterr().err
 
 
 def test_weights_that_stop_being_finite_in_the_last_step_never_become_the_best(
@@ -446,7 +538,7 @@ def test_a_checkpoint_is_synced_before_it_replaces_the_old_one(tmp_path: Path, m
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", record)
-    CheckpointIO().save_checkpoint({"weights": torch.zeros(1000)}, tmp_path / "new" / "last.ckpt")
+    CheckpointIO(MNISTClassifier).save_checkpoint({"weights": torch.zeros(1000)}, tmp_path / "new" / "last.ckpt")
     size = (tmp_path / "new/last.ckpt").stat().st_size
     assert done == [("sync", size), ("replace", size)]
     assert len(list((tmp_path / "new").iterdir())) == 1

@@ -1,25 +1,58 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import SMALL, VAL_SIZE, prepare
 
-from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning import MNISTDataModule
+from mnist_lightning.distortions import Distortions
+from mnist_lightning.engine.data import DeviceLoader
 
 
 def test_validation_is_the_beginning_of_the_training_file(root: Path) -> None:
     data = prepare("synthetic", root)
     content = (root / "synthetic" / "raw" / "train-images-idx3-ubyte").read_bytes()[16:]
-    images = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, 784) / 255
+    images = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, 784)
     labels = torch.tensor(list((root / "synthetic" / "raw" / "train-labels-idx1-ubyte").read_bytes()[8:]))
     assert torch.equal(data.val[0], images[:VAL_SIZE])
     assert torch.equal(data.val[1], labels[:VAL_SIZE])
     assert torch.equal(data.train[0], images[VAL_SIZE:])
     assert torch.equal(data.train[1], labels[VAL_SIZE:])
     assert data.test[0].shape == (SMALL["t10k"], 784)
-    assert data.train[0].dtype == torch.float32
-    assert data.train[0].min() == 0
-    assert data.train[0].max() == 1
+    assert (data.train[0].min().item(), data.train[0].max().item()) == (0, 255)
+
+
+def rows(loader: DeviceLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.mark.parametrize("distortions", [False, True])
+def test_loaders_hand_out_their_splits_in_file_order(root: Path, distortions: bool) -> None:
+    data = MNISTDataModule("synthetic", str(root), val_size=VAL_SIZE, distortions=distortions)
+    data.prepare_data()
+    data.setup("fit")
+    for loader, (pixels, labels) in [
+        (data.val_dataloader(), data.val),
+        (data.test_dataloader(), data.test),
+        (data.predict_dataloader(), data.test),
+    ]:
+        found = rows(loader)
+        assert torch.equal(found[0], pixels.float() / 255)
+        assert torch.equal(found[1], labels)
+
+
+@pytest.mark.parametrize("distortions", [False, True])
+def test_training_is_shuffled_and_distorted_where_asked_for(root: Path, distortions: bool) -> None:
+    data = MNISTDataModule("synthetic", str(root), val_size=VAL_SIZE, distortions=distortions)
+    data.prepare_data()
+    data.setup("fit")
+    images, labels = rows(data.train_dataloader())
+    assert not torch.equal(labels, data.train[1])
+    assert torch.equal(labels.bincount(), data.train[1].bincount())
+    pixels = (data.train[0].float() / 255).unique(dim=0)
+    assert torch.equal(images.unique(dim=0), pixels) is not distortions
 
 
 def test_splits_real_mnist_as_the_tutorial_does(mnist_root: str) -> None:
@@ -30,14 +63,34 @@ def test_splits_real_mnist_as_the_tutorial_does(mnist_root: str) -> None:
     assert [len(labels) for _, labels in (data.train, data.val, data.test)] == [55_000, 5_000, 10_000]
     assert data.val[1][:5].tolist() == [5, 0, 4, 1, 9]
     assert data.test[1][:5].tolist() == [7, 2, 1, 0, 4]
-    assert data.train[0].max() == 1
-    assert len(data.train_dataloader()) == 11
+    assert data.train[0].max() == 255
+    assert len(data.train_dataloader()) == 550
+    assert [len(labels) for _, labels in data.val_dataloader()] == [1000] * 5
+    assert len(data.test_dataloader()) == 10
     assert data.dataset_name == "MNIST"
 
 
-@pytest.mark.parametrize(
-    "settings", [{"batch_size": 0}, {"steps_per_execution": 0}, {"val_size": 0}, {"val_size": 60_000}, {"seed": -1}]
-)
-def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
+def test_names_the_data(data: MNISTDataModule) -> None:
+    data.prepare_data()
+    data.setup("fit")
+    assert data.dataset_name == "stand-in digits (not MNIST)"
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"val_size": 0}, {"val_size": 60_000}, {"seed": -1}])
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        MNISTDataModule(**settings)  # type: ignore[arg-type]
+        MNISTDataModule(**settings)
+
+
+def test_hyperparameters_are_plain_and_do_not_say_where_the_files_lie(root: Path) -> None:
+    strengths = Distortions(rotation=5)
+    data = MNISTDataModule("synthetic", str(root), val_size=VAL_SIZE, distortions=strengths)
+    data.prepare_data()
+    data.setup("fit")
+    assert dict(data.hparams) == {
+        "dataset": "synthetic",
+        "batch_size": 100,
+        "val_size": VAL_SIZE,
+        "seed": 0,
+        "distortions": vars(strengths),
+    }

@@ -42,7 +42,8 @@ def browser() -> Iterator["Browser"]:
 def mlp(root: Path) -> MLP:
     """A network that reads most of the stand-in digits, trained for a second."""
     torch.manual_seed(0)
-    images, labels = prepare("synthetic", root).train
+    pixels, labels = prepare("synthetic", root).train
+    images = pixels.float() / 255
     mlp = MLP(hidden_dim=50, init_std=0.05)
     optimizer = torch.optim.Adam(mlp.parameters(), lr=0.01)
     for _ in range(100):
@@ -152,7 +153,7 @@ def test_blank_stays_blank(page: "Page", ink: float) -> None:
 
 def test_reads_the_test_digits_as_the_network_does(page: "Page", root: Path, mlp: MLP) -> None:
     expected, found = [], []
-    for image in prepare("synthetic", root).test[0][:10]:
+    for image in prepare("synthetic", root).test[0][:10].float() / 255:
         large = Image.fromarray(image.view(28, 28).numpy()).resize((280, 280), Image.Resampling.BICUBIC)
         ink = np.asarray(large, dtype=np.float64).clip(0, 1)
         expected.append(pictures.normalise(ink))

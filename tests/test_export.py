@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import RunCLI
 
-from mnist_lightning.checkpoints import read_network
+from mnist_lightning.commands import _network
 from mnist_lightning.model import MLP
 from mnist_lightning.share import export as export_module
 from mnist_lightning.share.export import INPUT, ExportError, export
@@ -32,7 +32,7 @@ def test_the_file_reads_as_the_network_does(
     assert out.startswith(f"Network: {name}, 0.1 MB, trained on stand-in digits (not MNIST), 11 iterations\n")
     assert "Read back: the logits of 230 test digits" in out
 
-    mlp, _ = read_network(trained)
+    mlp, _, _ = _network(str(trained))
     # In a process of its own, which knows nothing of this program.
     readers = {
         "onnx": "import onnxruntime; s = onnxruntime.InferenceSession(path); "

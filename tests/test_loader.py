@@ -1,10 +1,11 @@
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mnist_lightning.loader import DeviceLoader, Minibatches
+from mnist_lightning.engine.data import DeviceLoader
 
 N = 1050
 
@@ -15,15 +16,20 @@ def loader(**kwargs: Any) -> DeviceLoader:
 
 def epoch(loader: DeviceLoader, number: int = 0) -> list[Tensor]:
     loader.set_epoch(number)
-    minibatches = [pair for item in loader for pair in (item if isinstance(item, Minibatches) else [item])]
-    for inputs, targets in minibatches:
-        assert torch.equal(inputs[:, 0], targets)
+    minibatches = list(loader)
+    assert all(torch.equal(inputs[:, 0], targets) for inputs, targets in minibatches)
     return [targets for _, targets in minibatches]
+
+
+def assert_same(some: list[Tensor], others: list[Tensor]) -> None:
+    assert len(some) == len(others)
+    assert all(map(torch.equal, some, others))
 
 
 def test_without_a_seed_keeps_the_order() -> None:
     minibatches = epoch(loader())
     assert [len(targets) for targets in minibatches] == [100] * 10 + [50]
+    assert len(loader()) == 11
     assert torch.equal(torch.cat(minibatches), torch.arange(N))
 
 
@@ -37,7 +43,7 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     first, second = loader(shuffle_seed=3), loader(shuffle_seed=3)
     epoch(first, 0)
     torch.rand(10)
-    assert torch.equal(torch.cat(epoch(first, 5)), torch.cat(epoch(second, 5)))
+    assert_same(epoch(first, 5), epoch(second, 5))
 
 
 def test_no_two_epochs_or_seeds_share_an_order() -> None:
@@ -45,39 +51,50 @@ def test_no_two_epochs_or_seeds_share_an_order() -> None:
     assert len(orders) == 16
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 50])
-def test_lists_hold_the_same_minibatches_in_the_same_order(steps: int) -> None:
-    listed = loader(shuffle_seed=1, steps_per_execution=steps)
-    assert len(listed) == len(list(listed)) == -(-11 // steps)
-    assert [len(item) for item in listed] == [steps] * (11 // steps) + ([11 % steps] if 11 % steps else [])
-    for a, b in zip(epoch(listed, 2), epoch(loader(shuffle_seed=1), 2), strict=True):
-        assert torch.equal(a, b)
+def test_lightning_can_set_the_epoch_of_a_shuffling_loader_only() -> None:
+    shuffling = loader(shuffle_seed=1)
+    shuffling.sampler.set_epoch(2)
+    assert_same([targets for _, targets in shuffling], epoch(loader(shuffle_seed=1), 2))
+    assert not hasattr(loader(), "sampler")  # or Lightning would warn of shuffling
 
 
-@pytest.mark.parametrize("steps", [None, 2, 50])
-def test_limit_ends_an_epoch_after_so_many_minibatches(steps: int | None) -> None:
-    limited = loader(shuffle_seed=1, limit=5, steps_per_execution=steps)
-    for a, b in zip(epoch(limited), epoch(loader(shuffle_seed=1))[:5], strict=True):
-        assert torch.equal(a, b)
-    assert len(limited) == {None: 5, 2: 3, 50: 1}[steps]
+def test_uint8_comes_out_as_float32_in_0_to_1() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8)[:, None]
+    inputs = torch.cat([inputs for inputs, _ in DeviceLoader(pixels, torch.arange(256), 100)])
+    assert inputs.dtype == torch.float32
+    assert torch.equal(inputs, pixels.float() / 255)
+    assert pixels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_floats_come_out_as_they_are(dtype: torch.dtype) -> None:
+    inputs, _ = next(iter(DeviceLoader(torch.full((3, 2), 7, dtype=dtype), torch.arange(3), 3)))
+    assert torch.equal(inputs, torch.full((3, 2), 7, dtype=dtype))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("steps", [None, 4])
-def test_processes_share_each_minibatch(world_size: int, steps: int | None) -> None:
+def test_processes_share_each_minibatch(world_size: int) -> None:
     whole = epoch(loader(shuffle_seed=1), 3)
-    parts = [
-        epoch(loader(shuffle_seed=1, steps_per_execution=steps, rank=rank, world_size=world_size), 3)
-        for rank in range(world_size)
-    ]
+    parts = [epoch(loader(shuffle_seed=1, rank=rank, world_size=world_size), 3) for rank in range(world_size)]
     for targets, *shares in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat(shares), targets)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_sizes_make_the_mean_over_processes_that_over_the_minibatch() -> None:
-    minibatches = Minibatches(torch.arange(N), torch.arange(N), torch.arange(N), 100, rank=1, world_size=3)
-    assert minibatches.sizes == [100 / 3] * 10 + [50 / 3]
+@pytest.mark.parametrize("world_size", [1, 2, 3, 60])  # of 60 parts, ten of the last minibatch are empty
+def test_weights_make_the_mean_over_processes_that_over_the_minibatch(world_size: int) -> None:
+    parts = [loader(shuffle_seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for (_, whole), *shares in zip(loader(shuffle_seed=1), *parts, strict=True):
+        assert all(len(targets) > 0 for _, targets in shares)
+        means = [part.weight * targets.double().mean() for part, (_, targets) in zip(parts, shares, strict=True)]
+        torch.testing.assert_close(sum(means) / world_size, whole.double().mean())
+
+
+def test_an_empty_part_is_empty_where_nothing_is_learned() -> None:
+    assert [len(targets) for targets in epoch(loader(rank=59, world_size=60))] == [1] * 10 + [0]
+    learning = loader(shuffle_seed=1, rank=59, world_size=60)
+    assert [len(targets) for targets in epoch(learning)] == [1] * 11
+    assert learning.weight == 0
 
 
 class Jitter:
@@ -87,12 +104,12 @@ class Jitter:
         return inputs + noise
 
 
-def augmented(number: int = 0, resume_at: int = 0, **kwargs: Any) -> list[Tensor]:
+def augmented(number: int = 0, done: int = 0, seed: int = 1, **kwargs: Any) -> list[Tensor]:
     """The inputs of an epoch, a tensor of each minibatch."""
-    jittered = loader(shuffle_seed=1, augmentation=Jitter(), **kwargs)
-    jittered.load_state_dict({"done": resume_at, "steps_per_execution": jittered.steps_per_execution})
+    jittered = loader(shuffle_seed=seed, augmentation=Jitter(), **kwargs)
+    jittered.load_state_dict({"epoch": number, "done": done})
     jittered.set_epoch(number)
-    minibatches = [pair for item in jittered for pair in (item if isinstance(item, Minibatches) else [item])]
+    minibatches = list(jittered)
     assert all(0 < (inputs - targets[:, None]).abs().max() <= 1 for inputs, targets in minibatches)
     return [inputs for inputs, _ in minibatches]
 
@@ -104,17 +121,49 @@ def test_an_augmentation_gets_other_noise_for_each_example_and_epoch() -> None:
     assert torch.equal(torch.cat(augmented(1)), epochs[1])
 
 
-@pytest.mark.parametrize("steps", [1, 3, 50])
-def test_augmented_inputs_depend_on_seed_epoch_and_minibatch_alone(steps: int) -> None:
-    whole = augmented(2)
-    for a, b in zip(augmented(2, steps_per_execution=steps), whole, strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(augmented(2, resume_at=6, steps_per_execution=steps), whole[6:], strict=True):
-        assert torch.equal(a, b)
+def test_an_augmentation_gets_other_noise_for_another_seed() -> None:
+    noise = [torch.cat(augmented(seed=seed)).sort(dim=0).values for seed in (1, 2)]
+    assert not torch.equal(*noise)
+
+
+@pytest.mark.parametrize("done", [0, 1, 6, 9, 10])
+def test_augmented_inputs_are_the_same_wherever_an_epoch_is_resumed(done: int) -> None:
+    torch.rand(10)
+    assert_same(augmented(2, done), augmented(2)[done:])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_what_is_augmented(world_size: int) -> None:
-    parts = [augmented(steps_per_execution=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    parts = [augmented(rank=rank, world_size=world_size) for rank in range(world_size)]
     for inputs, *shares in zip(augmented(), *parts, strict=True):
         assert torch.equal(torch.cat(shares), inputs)
+
+
+def test_an_augmentation_needs_a_seed() -> None:
+    with pytest.raises(ValueError, match="shuffle_seed"):
+        loader(augmentation=Jitter())
+
+
+@pytest.mark.parametrize("augmentation", [None, Jitter()])
+@pytest.mark.parametrize("done", [0, 4, 11])
+def test_goes_on_in_mid_epoch_by_its_state(augmentation: Jitter | None, done: int) -> None:
+    def make() -> DeviceLoader:
+        return loader(shuffle_seed=1, augmentation=augmentation)
+
+    first, whole = make(), make()
+    for each in (first, whole):
+        each.set_epoch(3)
+    begun = [inputs for inputs, _ in islice(first, done)]
+    second = make()
+    second.load_state_dict(first.state_dict())
+    second.set_epoch(3)
+    assert_same(begun + [inputs for inputs, _ in second], [inputs for inputs, _ in whole])
+    assert len(list(second)) == 11  # only once
+
+
+def test_a_state_of_another_epoch_counts_for_nothing() -> None:
+    first, second = loader(shuffle_seed=1), loader(shuffle_seed=1)
+    list(islice(first, 4))
+    second.load_state_dict(first.state_dict())
+    assert_same(epoch(second, 1), epoch(loader(shuffle_seed=1), 1))
+    assert len(epoch(second, 0)) == 11

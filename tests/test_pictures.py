@@ -17,7 +17,7 @@ from paste import paste
 from PIL import Image
 from torch import Tensor
 
-from mnist_lightning.checkpoints import read_network
+from mnist_lightning.commands import _network
 from mnist_lightning.digits import pictures
 from mnist_lightning.digits.pictures import PictureError, find, find_ink, normalise, read
 
@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 @pytest.fixture(scope="module")
 def digits(root: Path) -> Array:
     """Ten stand-in digits, (10, 28, 28) in [0, 1]."""
-    images: Array = np.array(prepare("synthetic", root).test[0][:10].reshape(-1, 28, 28).tolist())
+    images: Array = prepare("synthetic", root).test[0][:10].reshape(-1, 28, 28).numpy() / 255
     return images
 
 
@@ -64,7 +64,7 @@ def save(path: Path, picture: Image.Image, **kwargs: Any) -> Path:
 
 
 def test_a_digit_of_mnist_stays_as_it_is(mnist_root: str) -> None:
-    images = prepare("mnist", Path(mnist_root)).test[0][:300].double().numpy()
+    images = prepare("mnist", Path(mnist_root)).test[0][:300].numpy() / 255
     seen = stack([normalise(find_ink(as_picture(image.reshape(28, 28)))) for image in images])
     assert np.abs(seen - images).mean() < 0.015
     assert np.median([likeness(*pair) for pair in zip(seen, images, strict=True)]) > 0.99
@@ -260,7 +260,7 @@ def test_read_reads_pictures(
     assert list(rows[0]) == ["file", "digit", "probability", "runner_up", "runner_up_probability"]
     assert [row["file"] for row in rows] == ["mine/0.png", "mine/1.png", "mine/2.png", "mine/blank.png"]
     assert list(rows[-1].values())[1:] == ["blank", "", "", ""]
-    mlp, _ = read_network(tmp_path / best_path)
+    mlp, _, _ = _network(str(tmp_path / best_path))
     seen = torch.tensor(stack([read(tmp_path / row["file"]) for row in rows[:3]]))
     (best, runner_up), (digit, second) = (pair.T for pair in mlp(seen.float()).softmax(1).topk(2))
     for index, row in enumerate(rows[:3]):
@@ -379,8 +379,9 @@ DIGITS = 300
 @pytest.mark.slow
 def test_nearly_all_pasted_digits_are_read_right(run_cli: RunCLI, mnist_root: str, tmp_path: Path) -> None:
     assert run_cli("fit", f"--data.root={mnist_root}", "--test_after_fit=false", data=False) == 0
-    mlp, _ = read_network(tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt")
-    images, labels = (part[:DIGITS] for part in prepare("mnist", Path(mnist_root)).test)
+    mlp, _, _ = _network(str(tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt"))
+    pixels, labels = (part[:DIGITS] for part in prepare("mnist", Path(mnist_root)).test)
+    images = pixels.float() / 255
 
     def right(pixels: Tensor) -> Tensor:
         with torch.no_grad():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ Found = TypeVar("Found")
 
 # 2 and 3 divide a minibatch of 198, but not the last ones: of 1,049 training digits 59 are left, of 201 for validation
 # 3, of 230 for testing 32.
-UNEVEN = ["--data.val_size=201", "--data.batch_size=198", "--trainer.log_every_n_steps=1", "--model.hidden_dim=50"]
+UNEVEN = ["--data.val_size=201", "--data.batch_size=198", "--model.hidden_dim=50"]
+EVAL_BY_99 = {"EVAL_BATCH_SIZE": "99"}
 
 
 def free_port() -> int:
@@ -74,7 +75,7 @@ def start_all(start: Start) -> StartAll:
         arguments: list[str],
         world_size: int,
         launcher: Callable[[int, int, int], dict[str, str]] = torchrun,
-        **kwargs: Any,
+        environment: dict[str, str] | None = None,
     ) -> list[BaseProcess]:
         port = free_port()
         arguments = [*arguments, f"--trainer.devices={world_size}", "--trainer.strategy=ddp"]
@@ -83,8 +84,7 @@ def start_all(start: Start) -> StartAll:
                 directory,
                 arguments,
                 output=f"output_{rank}.txt",
-                environment=launcher(rank, world_size, port),
-                **kwargs,
+                environment={**launcher(rank, world_size, port), **(environment or {})},
             )
             for rank in range(world_size)
         ]
@@ -131,33 +131,34 @@ def difference(run: Path, other: Path) -> float:
     return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("world_size", "log_every"), [(2, 1), (2, 4), (3, 4)])
 def test_a_run_on_several_processes_is_the_run_on_one(
-    tmp_path: Path, root: Path, start: Start, start_all: StartAll, world_size: int
+    tmp_path: Path, root: Path, start: Start, start_all: StartAll, world_size: int, log_every: int
 ) -> None:
     settings = [
         *small(root),
         *UNEVEN,
+        f"--trainer.log_every_n_steps={log_every}",
         "--trainer.precision=64-true",
         "--trainer.max_epochs=2",
         "--data.distortions=true",
     ]
     one, several = tmp_path / "one", tmp_path / "several"
-    assert ended([start(one, settings, output="output_0.txt")]) == [0], output(one)
-    assert ended(start_all(several, settings, world_size)) == [0] * world_size, output(several)
+
+    def run(arguments: list[str]) -> None:
+        assert ended([start(one, arguments, "output_0.txt", EVAL_BY_99)]) == [0], output(one)
+        codes = ended(start_all(several, arguments, world_size, environment=EVAL_BY_99))
+        assert codes == [0] * world_size, output(several)
+        assert output(several) == output(one)
+
+    run(settings)
     assert difference(newest_run(one), newest_run(several)) < 1e-10
-    assert output(several) == output(one)
     assert all(output(several, rank) == "" for rank in range(1, world_size))
 
     if world_size == 2:
         return  # 3 are enough for what follows
-    test, predict = (
-        [command, *small(root)[1:], "--ckpt_path=best", "--data.batch_size=23"] for command in ("test", "predict")
-    )
-    for arguments in (test, predict):
-        assert ended([start(one, arguments, output="output_0.txt")]) == [0], output(one)
-        assert ended(start_all(several, arguments, world_size)) == [0] * world_size, output(several)
-        assert output(several) == output(one)
+    for command in ("test", "predict"):
+        run([command, *small(root)[1:], "--ckpt_path=best"])
     written = sorted(path.relative_to(one) for path in one.rglob("*") if path.suffix in (".png", ".csv", ".json"))
     assert len(written) == 1 + 2 * 4 + 1 + 2  # figures, predictions, results
     for path in written:
@@ -184,22 +185,24 @@ def test_minibatches_smaller_than_the_number_of_processes_count_once(
 ) -> None:
     """One of three processes has no part in any of the minibatches."""
     assert ended([start(tmp_path, [*small(root), "--trainer.max_epochs=1"])]) == [0]
-    validate = ["validate", *small(root)[1:], "--ckpt_path=last", "--data.batch_size=2"]
-    assert ended([start(tmp_path, validate, output="output_0.txt")]) == [0], output(tmp_path)
+    validate = ["validate", *small(root)[1:], "--ckpt_path=last"]
+    by_2 = {"EVAL_BATCH_SIZE": "2"}
+    assert ended([start(tmp_path, validate, "output_0.txt", by_2)]) == [0], output(tmp_path)
     alone = output(tmp_path)
-    assert ended(start_all(tmp_path, validate, 3)) == [0, 0, 0], output(tmp_path)
+    assert ended(start_all(tmp_path, validate, 3, environment=by_2)) == [0, 0, 0], output(tmp_path)
     assert output(tmp_path) == alone
 
 
 def test_dropout_differs_between_processes_and_resuming_with_as_many_is_exact(
     tmp_path: Path, root: Path, start_all: StartAll
 ) -> None:
-    lists = ["--data.steps_per_execution=3", "--checkpoint_every=3", "--trainer.max_epochs=4"]
-    settings = [*small(root), *lists, "--model.dropout=0.2"]
+    mid_epoch = ["--trainer.log_every_n_steps=5", "--checkpoint_every=3", "--trainer.max_epochs=4"]
+    settings = [*small(root), *mid_epoch, "--model.dropout=0.2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert ended(start_all(whole, settings, 2)) == [0, 0], output(whole)
-    states = torch.load(newest_run(whole) / "checkpoints/last.ckpt", weights_only=True)["rng_states"]
-    assert not torch.equal(*states)
+    checkpoint = torch.load(newest_run(whole) / "checkpoints/last.ckpt", weights_only=True)
+    first, second = checkpoint["loops"]["fit_loop"]["state_dict"]["random_states"][1]
+    assert not torch.equal(first, second)
 
     runs = start_all(killed, [*settings, "--trainer.max_epochs=400"], 2)
     wait_for(killed, "lightning_logs/*/checkpoints/best.ckpt")
@@ -214,8 +217,8 @@ def test_dropout_differs_between_processes_and_resuming_with_as_many_is_exact(
 def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll, before: int, after: int
 ) -> None:
-    mid_epoch = ["--data.steps_per_execution=2", "--trainer.precision=64-true", "--test_after_fit=false"]
-    settings = [*small(root), *UNEVEN, "--data.batch_size=200", *mid_epoch]  # 3 do not divide it
+    quiet = ["--trainer.log_every_n_steps=4", "--trainer.precision=64-true", "--test_after_fit=false"]
+    settings = [*small(root), *UNEVEN, "--data.batch_size=200", *quiet]  # 3 do not divide it
     one, several = tmp_path / "one", tmp_path / "several"
     runs = start_all(several, [*settings, "--trainer.max_epochs=1000"], before)
     wait_for(several, "lightning_logs/*/checkpoints/best.ckpt")
@@ -227,6 +230,25 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert ended(start_all(several, [*settings, "--ckpt_path=last"], after)) == [0] * after, output(several)
     assert ended([start(one, settings, output="output_0.txt")]) == [0], output(one)
     assert difference(newest_run(one), newest_run(several)) < 1e-10
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_any_process_stops_all_among_quiet_iterations(
+    tmp_path: Path, root: Path, start_all: StartAll, signalled: int
+) -> None:
+    settings = [*small(root), "--data.batch_size=2", "--trainer.log_every_n_steps=0", "--model.dropout=0.2"]
+    settings += ["--model.hidden_dim=20", "--test_after_fit=false"]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    runs = start_all(stopped, [*settings, "--trainer.max_epochs=1000"], 2)
+    wait_for(stopped, "lightning_logs/*/checkpoints/best.ckpt")
+    os.kill(runs[signalled].pid or 0, signal.SIGTERM)
+    assert ended(runs, 20) == [128 + signal.SIGTERM, 0], output(stopped)
+
+    checkpoint = torch.load(newest_run(stopped) / "checkpoints/last.ckpt", weights_only=True)
+    settings.append(f"--trainer.max_epochs={checkpoint['epoch'] + 2}")
+    assert ended(start_all(stopped, [*settings, "--ckpt_path=last"], 2)) == [0, 0], output(stopped)
+    assert ended(start_all(whole, settings, 2)) == [0, 0], output(whole)
+    assert_the_same(newest_run(whole), newest_run(stopped))
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -10,17 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
-from conftest import SMALL, RunCLI, assert_the_same
-from lightning.pytorch import Trainer
+from conftest import SMALL, VAL_SIZE, RunCLI, assert_the_same, everything, prepare
+from lightning.pytorch.callbacks import RichProgressBar
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 
-from mnist_lightning.classifier import MNISTClassifier
-from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.digits import plots
+from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
+from mnist_lightning.digits import files, plots
+from mnist_lightning.distortions import Distortions
+from mnist_lightning.model import MLP
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def events(run: Path) -> EventAccumulator:
@@ -64,13 +70,19 @@ def test_a_run_keeps_its_contract(
 
     assert set(events(run).Tags()["scalars"]) == {
         *(f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "acc")),
-        *("train/learning_rate", "train/examples_per_second"),
+        *("train/learning_rate", "train/examples_per_second", "epoch"),
     }
+    # Lightning's own steps, which count from 0.
     for curve in ("loss", "acc", "learning_rate", "examples_per_second"):
-        assert steps(run, f"train/{curve}") == [5, 10, 15, 20, 25, 30]
+        assert steps(run, f"train/{curve}") == [4, 9, 14, 19, 24, 29]
     assert all(event.value == pytest.approx(0.001) for event in events(run).Scalars("train/learning_rate"))
-    assert steps(run, "val/loss") == steps(run, "val/acc") == [11, 22, 33]
-    assert steps(run, "test/loss") == steps(run, "test/acc") == [33]
+    assert steps(run, "val/loss") == steps(run, "val/acc") == [10, 21, 32]
+    points = [(event.step, event.value) for event in events(run).Scalars("epoch")]
+    assert points == [(step, step // 11) for step in (4, 9, 10, 14, 19, 21, 24, 29, 32)]
+    # The test stands right below the validation of the same weights.
+    val_acc = [event.value for event in events(run).Scalars("val/acc")]
+    (tested,) = steps(run, "test/loss")
+    assert [tested] == steps(run, "test/acc") == [10 + 11 * val_acc.index(max(val_acc))]
     assert events(run).Tags()["graph"]
     names = {"correct", "misclassified", "confusion_matrix", "training_curves"}
     assert set(events(run).Tags()["images"]) == {f"figures/{name}" for name in names}
@@ -78,6 +90,7 @@ def test_a_run_keeps_its_contract(
     logged = events(run)
     for name in names:
         (shown,) = logged.Images(f"figures/{name}")
+        assert shown.step == tested
         with (
             Image.open(io.BytesIO(shown.encoded_image_string)) as image,
             Image.open(run / f"figures/{name}.png") as png,
@@ -90,7 +103,6 @@ def test_a_run_keeps_its_contract(
     }
     assert (results["dataset"], results["seed"], results["iterations"]) == ("synthetic", 4, 33)
     assert 0 < results["train_seconds"] < 60
-    val_acc = [event.value for event in events(run).Scalars("val/acc")]
     assert results["val/acc"] == pytest.approx(max(val_acc))
     assert results["test/acc"] == pytest.approx(events(run).Scalars("test/acc")[0].value)
 
@@ -98,6 +110,10 @@ def test_a_run_keeps_its_contract(
         checkpoint = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
         assert checkpoint["global_step"] == 11 * epochs
         assert checkpoint["datamodule_hyper_parameters"]["dataset"] == "synthetic"
+        # Those of the console count from 1.
+        history = checkpoint["callbacks"]["Report"]
+        assert [row[0] for row in history["train"]] == [n for n in (5, 10, 15, 20, 25, 30) if n <= 11 * epochs]
+        assert [row[0] for row in history["val"]] == [11, 22, 33][:epochs]
     assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == 4
 
 
@@ -112,9 +128,8 @@ def test_hyperparameters_and_metrics_reach_the_hparams_tab(run_cli: RunCLI, tmp_
 
 def test_the_figures_show_what_they_say(run_cli: RunCLI, tmp_path: Path, root: Path, grids: dict[str, Any]) -> None:
     assert run_cli("fit", "--trainer.max_epochs=2") == 0
-    data = MNISTDataModule("synthetic", str(root))
-    data.setup("test")
-    images, labels = data.test
+    pixels, labels = prepare("synthetic", root).test
+    images = pixels.float() / 255
     checkpoint = tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt"
     model = MNISTClassifier.load_from_checkpoint(checkpoint, weights_only=True)
     with torch.no_grad():
@@ -206,12 +221,12 @@ def assert_same_training(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 def test_a_resumed_run_goes_on_in_its_directory_as_if_never_stopped(run_cli: RunCLI, tmp_path: Path) -> None:
     whole, half = tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1"
-    settings = ["--data.steps_per_execution=3", "--trainer.log_every_n_steps=2"]
+    settings = ["--trainer.log_every_n_steps=2"]
     assert run_cli("fit", "--trainer.max_epochs=4", *settings) == 0
     assert run_cli("fit", "--trainer.max_epochs=2", *settings) == 0
     assert run_cli("fit", "--trainer.max_epochs=4", "--ckpt_path=last", *settings) == 0
     assert_same_training(load(whole), load(half))
-    assert steps(half, "val/acc") == steps(whole, "val/acc") == [11, 22, 33, 44]
+    assert steps(half, "val/acc") == steps(whole, "val/acc") == [10, 21, 32, 43]
     assert steps(half, "train/loss") == steps(whole, "train/loss")
     results = [json.loads((run / "results.json").read_text()) for run in (whole, half)]
     assert all(results[0][key] == results[1][key] for key in results[0] if key != "train_seconds")
@@ -227,25 +242,114 @@ def test_resuming_in_mid_epoch_goes_on_with_the_next_minibatch(run_cli: RunCLI, 
         "--trainer.callbacks.dirpath=mine",
         "--trainer.callbacks.filename={step}",
     ]
-    settings = ["--trainer.limit_train_batches=9", "--data.steps_per_execution=3", "--trainer.max_epochs=3"]
+    settings = ["--trainer.limit_train_batches=9", "--trainer.max_epochs=3", "--test_after_fit=false"]
     assert run_cli("fit", *settings, *saves) == 0
     checkpoint = f"--ckpt_path=mine/step={3 * every}.ckpt"
-    assert run_cli("fit", *settings, *saves, checkpoint) == 0
-    assert_same_training(*(load(tmp_path / f"lightning_logs/version_{i}") for i in (0, 1)))
-    if every == 6:  # lists of 3 there, of 2 here
-        assert run_cli("fit", *settings, *saves, checkpoint, "--data.steps_per_execution=2") == 0
-        assert run_cli("fit", *settings, *saves, "--ckpt_path=mine/step=6.ckpt", "--data.steps_per_execution=1") == 2
+    # What Lightning visits, and how, has no part in it.
+    for others in ([], ["--trainer.log_every_n_steps=2"], ["--trainer.fast=false"]):
+        assert run_cli("fit", *settings, *saves, checkpoint, *others) == 0
+    whole, *resumed = (load(tmp_path / f"lightning_logs/version_{i}") for i in range(4))
+    assert whole["global_step"] == 27
+    for run in resumed:
+        assert_same_training(whole, run)
 
 
-def test_a_run_that_max_steps_ended_in_mid_epoch_is_not_resumed(
-    run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("recipe", [[], ["--data.distortions=true", "--model.dropout=0.2"]])
+def test_a_run_that_max_steps_ended_in_mid_epoch_goes_on_exactly(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: list[str]
 ) -> None:
-    assert run_cli("fit", "--trainer.max_epochs=4", "--trainer.max_steps=17") == 0
-    for longer in ("-1", "30"):
-        assert run_cli("fit", f"--trainer.max_steps={longer}", "--ckpt_path=last") == 2
-        assert "max_steps" in capsys.readouterr().err
+    settings = ["--trainer.log_every_n_steps=5", "--trainer.max_epochs=4", "--test_after_fit=false", *recipe]
+    assert run_cli("fit", *settings) == 0
+    assert run_cli("fit", *settings, "--trainer.max_steps=17") == 0
+    whole, parts = (tmp_path / "lightning_logs" / f"version_{i}" for i in (0, 1))
+    assert load(parts)["global_step"] == 17
+    assert json.loads((parts / "results.json").read_text())["iterations"] == 17
+    ended = (parts / "checkpoints/last.ckpt").read_bytes()
+    capsys.readouterr()
     assert run_cli("fit", "--ckpt_path=last") == 0
-    assert "it ended within an epoch and cannot be trained longer" in capsys.readouterr().out
+    done = "This run is done, at iteration 17; to train longer, give a larger --trainer.max_steps"
+    assert capsys.readouterr().out.splitlines()[0] == done
+    assert (parts / "checkpoints/last.ckpt").read_bytes() == ended
+    assert run_cli("fit", "--trainer.max_steps=30", "--ckpt_path=last") == 0
+    assert load(parts)["global_step"] == 30
+    assert run_cli("fit", "--trainer.max_steps=-1", "--ckpt_path=last") == 0
+    assert_the_same(whole, parts)
+
+
+def test_last_is_saved_at_multiples_of_checkpoint_every(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, save = [], Trainer.save_checkpoint
+
+    def note(trainer: Trainer, path: Path, *arguments: Any, **settings: Any) -> None:
+        saved.append((Path(path).stem, trainer.global_step))
+        save(trainer, path, *arguments, **settings)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", note)
+    assert run_cli("fit", "--trainer.max_epochs=2", "--checkpoint_every=4", "--test_after_fit=false") == 0
+    assert [step for name, step in saved if name == "last"] == [0, 4, 8, 11, 12, 16, 20, 22]
+
+
+def as_older_version(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The same checkpoint as the older version of this program, with `steps_per_execution`, would have saved it."""
+    older = {key: value for key, value in checkpoint.items() if key != "iterations_per_epoch"}
+    fit_loop = older["loops"]["fit_loop"]
+    done = checkpoint["global_step"]
+    fit_loop["state_dict"] = {"combined_loader": [{"done": 0, "steps_per_execution": 50}]}
+    fit_loop["epoch_loop.automatic_optimization.optim_progress"] = {
+        "optimizer": {
+            "step": {key: {"ready": 0, "completed": 0} for key in ("total", "current")},
+            "zero_grad": {key: {"ready": 0, "completed": 0, "started": 0} for key in ("total", "current")},
+        }
+    }
+    fit_loop["epoch_loop.manual_optimization.optim_step_progress"] = {
+        key: {"ready": done, "completed": done} for key in ("total", "current")
+    }
+    weights = older["state_dict"]
+    older["state_dict"] = {name: value for name, value in weights.items() if name.startswith("mlp.")}
+    history = older["callbacks"]["Report"]
+    older["callbacks"] = {
+        "Report": {key: history[key] for key in ("train", "val", "train_seconds")},
+        "BestAndLast": older["callbacks"]["BestAndLast"],
+    }
+    older["datamodule_hyper_parameters"] |= {"steps_per_execution": 50}
+    older["MNISTDataModule"] |= {"iterations_per_epoch": 11}
+    older["rng_states"] = torch.get_rng_state()[None]
+    return older
+
+
+def test_checkpoints_of_the_older_version_are_read_but_not_resumed(
+    run_cli: RunCLI, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=2", "--model.hidden_dim=17", "--test_weights=last") == 0
+    run = tmp_path / "lightning_logs/version_0"
+    tested = capsys.readouterr().out.splitlines()[-3]
+    older = as_older_version(load(run))
+    for name in ("last", "best"):
+        torch.save(older, run / f"checkpoints/{name}.ckpt")
+    left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    config = ["--config", str(run / "config.yaml")]
+    for command in (["--ckpt_path=last"], [*config, "--ckpt_path=best"], [f"--ckpt_path={run}/checkpoints/last.ckpt"]):
+        assert run_cli("fit", "--trainer.max_epochs=3", *command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("mnist_lightning: ckpt_path: the checkpoint is of an older version of this program")
+        assert error.count("\n") == 1
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == left
+        assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+
+    assert run_cli("test", "--ckpt_path=last") == 0
+    captured = capsys.readouterr()
+    assert not captured.err
+    assert captured.out.splitlines()[0] == "Weights of iteration 22, trained on synthetic"
+    assert tested in captured.out.splitlines()
+    assert run_cli("predict", "--ckpt_path=last") == 0
+    picture = Image.fromarray(255 - prepare("synthetic", root).test[0][0].view(28, 28).numpy())
+    picture.resize((112, 112)).save(tmp_path / "digit.png")
+    for arguments in (["read", "digit.png"], ["demo", "--no-open"]):
+        assert run_cli(*arguments, data=False) == 0
+        assert "stand-in digits (not MNIST), 22 iterations" in capsys.readouterr().out
+    assert run_cli("export", "--format=torchscript") == 0
 
 
 def test_the_last_checkpoint_is_the_last_state_also_when_another_was_best(run_cli: RunCLI, tmp_path: Path) -> None:
@@ -320,7 +424,7 @@ def test_a_test_says_what_was_trained_on_what(
     results = json.loads((run / "results.json").read_text())
     assert (results["dataset"], results["iterations"]) == ("mnist", 11)
     assert "val/acc" not in results
-    assert steps(run, "test/acc") == [11]
+    assert steps(run, "test/acc") == [10]
 
 
 def test_a_distorted_run_shows_its_distortions_and_repeats(
@@ -365,6 +469,19 @@ def test_the_csv_logger_gets_the_same_metrics(run_cli: RunCLI, tmp_path: Path) -
         assert logged == pytest.approx({event.step: event.value for event in events(run).Scalars(tag)}, rel=1e-4)
 
 
+def test_the_columns_and_steps_of_the_csv_logger(run_cli: RunCLI, tmp_path: Path) -> None:
+    settings = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--test_weights=last"]
+    assert run_cli("fit", *settings, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", ".") == 0
+    with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    train = {"epoch", "train/loss", "train/acc", "train/learning_rate", "train/examples_per_second"}
+    val, test = {"epoch", "val/loss", "val/acc"}, {"test/loss", "test/acc"}
+    assert rows[0].keys() == {"step"} | train | val | test
+    filled = [(int(row.pop("step")), {name for name, value in row.items() if value}) for row in rows]
+    assert filled == [(4, train), (9, train), (10, val), (14, train), (19, train), (21, val), (21, test)]
+    assert [row["epoch"] for row in rows] == ["0", "0", "0", "1", "1", "1", ""]
+
+
 def test_without_a_logger_or_checkpoints_it_still_runs(run_cli: RunCLI) -> None:
     assert (
         run_cli("fit", "--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.enable_checkpointing=false") == 0
@@ -383,19 +500,16 @@ def test_data_prints_what_the_tutorial_prints(
     out = capsys.readouterr().out
     assert "Training: 1,050 digits, images (1050, 784), labels (1050,)" in out
     assert "Test: 230 digits" in out
-    data = MNISTDataModule("synthetic", str(root))
-    data.setup("fit")
+    data = prepare("synthetic", root)
     label = int(data.val[1][0])
     assert f"  {label}: {' '.join('1' if i == label else '0' for i in range(10))}" in out
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 
-def test_the_progress_bar_counts_iterations(root: Path) -> None:
-    from mnist_lightning.callbacks import IterationProgressBar
-
+def test_the_progress_bar_counts_iterations(data: MNISTDataModule) -> None:
     seen = []
 
-    class Spy(IterationProgressBar):
+    class Spy(RichProgressBar):
         def _update(self, progress_bar_id: Any, current: int, visible: bool = True, hard: bool = False) -> None:
             if self.trainer.training:
                 seen.append((current, self.total_train_batches))
@@ -404,5 +518,136 @@ def test_the_progress_bar_counts_iterations(root: Path) -> None:
         accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[Spy()],
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(MNISTClassifier(), datamodule=MNISTDataModule("synthetic", str(root), 100, 4, 200))
-    assert seen == [(4, 11), (8, 11), (11, 11)] * 2
+    trainer.fit(MNISTClassifier(), datamodule=data)
+    # How many are shown in between is up to the clock.
+    epochs = [seen[: seen.index((11, 11)) + 1], seen[seen.index((11, 11)) + 1 :]]
+    for epoch in epochs:
+        assert epoch == sorted(set(epoch))
+        assert epoch[-1] == (11, 11)
+
+
+def test_lightnings_own_loop_gives_the_same(run_cli: RunCLI, tmp_path: Path) -> None:
+    settings = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=3", "--checkpoint_every=5"]
+    for others in ([], ["--data.distortions=true", "--model.dropout=0.2", "--model.learning_rate_schedule=one_cycle"]):
+        assert run_cli("fit", *settings, *others) == 0
+        assert run_cli("fit", *settings, *others, "--trainer.fast", "false") == 0
+    runs = [tmp_path / "lightning_logs" / f"version_{i}" for i in range(4)]
+    assert [yaml.safe_load((run / "config.yaml").read_text())["trainer"]["fast"] for run in runs] == [True, False] * 2
+    assert_the_same(*runs[:2])
+    assert_the_same(*runs[2:])
+
+
+def plain_loop(
+    root: Path, epochs: int, *, rate: float, decay: float = 0, one_cycle: bool = False, distorted: bool = False,
+    clip: float = 0, accumulate: int = 1,
+) -> tuple[MLP, AdamW]:  # fmt: skip
+    """The recipe of a run, without this project's engine: the order, the noise, the loss and the steps."""
+    images, labels = files.read(root / "synthetic/raw", "train")
+    images, labels = images[VAL_SIZE:], labels[VAL_SIZE:]
+    torch.manual_seed(5)
+    mlp = MLP(20)
+    optimizer = AdamW(mlp.parameters(), lr=rate, weight_decay=decay, fused=True)
+    per_epoch = -(-len(labels) // 100)
+    schedule = OneCycleLR(optimizer, rate, total_steps=epochs * per_epoch, cycle_momentum=False) if one_cycle else None
+    for epoch in range(epochs):
+        shuffle, *seeds = map(int, np.random.SeedSequence((5, epoch)).generate_state(1 + per_epoch))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(shuffle))
+        for number, (index, seed) in enumerate(zip(order.split(100), seeds, strict=True), 1):
+            batch = images.index_select(0, index).float() / 255
+            if distorted:
+                noise = torch.empty(len(index), Distortions.draws)
+                batch = Distortions()(batch, noise.uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)))
+            loss = F.cross_entropy(mlp(batch), labels.index_select(0, index))
+            (loss / accumulate).backward()
+            if number % accumulate and number < per_epoch:
+                continue
+            if clip:
+                assert torch.nn.utils.clip_grad_norm_(mlp.parameters(), clip) > clip
+            optimizer.step()
+            optimizer.zero_grad()
+            if schedule:
+                schedule.step()
+    return mlp, optimizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "recipe"),
+    [
+        ([], {}),
+        (
+            ["--model.learning_rate_schedule=one_cycle", "--model.weight_decay=0.1"],
+            {"decay": 0.1, "one_cycle": True},
+        ),
+        (["--data.distortions=true"], {"distorted": True}),
+        (
+            ["--data.distortions=true", "--model.learning_rate_schedule=one_cycle", "--model.weight_decay=0.03"],
+            {"distorted": True, "one_cycle": True, "decay": 0.03},
+        ),
+        (["--trainer.gradient_clip_val=0.02"], {"clip": 0.02}),
+        (["--trainer.accumulate_grad_batches=3"], {"accumulate": 3}),
+        (["--trainer.gradient_clip_val=0.02", "--trainer.accumulate_grad_batches=2"], {"clip": 0.02, "accumulate": 2}),
+    ],
+    ids=["default", "one_cycle", "distorted", "distorted one_cycle", "clipped", "accumulated", "both"],
+)
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_a_run_is_the_plain_loop_bit_for_bit(
+    run_cli: RunCLI, tmp_path: Path, root: Path, arguments: list[str], recipe: dict[str, Any], fast: str
+) -> None:
+    settings = ["--trainer.max_epochs=3", "--model.hidden_dim=20", "--model.learning_rate=0.003", "--seed_everything=5"]
+    settings += ["--test_after_fit=false", "--trainer.log_every_n_steps=4", f"--trainer.fast={fast}"]
+    assert run_cli("fit", *settings, *arguments) == 0
+    mlp, optimizer = plain_loop(root, 3, rate=0.003, **recipe)
+    last = load(tmp_path / "lightning_logs/version_0")
+    weights = {name: value for name, value in last["state_dict"].items() if name.startswith("mlp.")}
+    assert weights.keys() == {f"mlp.{name}" for name in mlp.state_dict()}
+    assert [name for name, value in mlp.state_dict().items() if not torch.equal(value, weights[f"mlp.{name}"])] == []
+    expected, found = optimizer.state_dict()["state"], last["optimizer_states"][0]["state"]
+    for index, state in expected.items():
+        assert all(torch.equal(value, found[index][name]) for name, value in state.items())
+    assert last["global_step"] == {1: 33, 2: 18, 3: 12}[recipe.get("accumulate", 1)]
+
+
+def test_clipping_and_accumulating_change_the_run(run_cli: RunCLI, tmp_path: Path) -> None:
+    changes: list[list[str]] = [[], ["--trainer.gradient_clip_val=0.02"], ["--trainer.accumulate_grad_batches=2"]]
+    for change in changes:
+        assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=20", *change) == 0
+    weights = [load(tmp_path / f"lightning_logs/version_{i}")["state_dict"]["mlp.output.weight"] for i in range(3)]
+    assert len({tuple(weight.flatten().tolist()) for weight in weights}) == 3
+    # Console lines and curves count optimizer steps from 1.
+    accumulated = everything(tmp_path / "lightning_logs/version_2")["last: progress"]
+    assert accumulated[0] == 6
+    assert all(row[0] > 0 for row in accumulated[2])
+
+
+def test_overfitting_leaves_distortions_out(run_cli: RunCLI, tmp_path: Path) -> None:
+    settings = ["--trainer.max_epochs=3", "--trainer.overfit_batches=2", "--model.hidden_dim=20"]
+    for distortions in ("false", "true"):
+        assert run_cli("fit", *settings, f"--data.distortions={distortions}") == 0
+    plain, distorted = (load(tmp_path / f"lightning_logs/version_{i}") for i in (0, 1))
+    assert plain["global_step"] == 6
+    assert_same_training(plain, distorted)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_the_configs_evaluate(run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+    """Images of validation and test, on files as large as MNIST's; one process on a CPU in place of what it names."""
+    sizes = {"train": 60_000, "t10k": 10_000}
+    monkeypatch.setattr(files, "get", lambda dataset, root: root / "MNIST/raw")
+    blank = {file: (torch.zeros(size, 784, dtype=torch.uint8), torch.arange(size) % 10) for file, size in sizes.items()}
+    monkeypatch.setattr(files, "read", lambda raw, file: blank[file])
+    counts = {"validation_step": 0, "test_step": 0}
+
+    def counting(name: str, step: Any) -> Any:
+        def count(module: MNISTClassifier, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+            counts[name] += len(batch[1])
+            return step(module, batch, batch_idx)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(MNISTClassifier, name, counting(name, getattr(MNISTClassifier, name)))
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
+    short += ["--trainer.devices=1", "--trainer.strategy=auto"]
+    assert run_cli("fit", "--config", str(config), *short, data=False) == 0
+    whole = config.stem != "tutorial"
+    assert counts == {"validation_step": 5000 if whole else 1000, "test_step": 10_000 if whole else 1000}

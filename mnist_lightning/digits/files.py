@@ -70,9 +70,9 @@ def get(dataset: Literal["auto", "mnist", "synthetic"], root: Path) -> Path:
         raise DataError(f"{cause}; mend that or give another --data.root") from error
 
 
-def dataset_in(raw: Path) -> Literal["mnist", "synthetic"]:
-    """Which dataset the directory that `get` returned holds."""
-    return "mnist" if raw.parent.name == "MNIST" else "synthetic"
+def dataset_in(raw: Path) -> str:
+    """Which dataset a directory holds: `mnist`, `synthetic`, or another one of torchvision's in the same format."""
+    return raw.parent.name.lower()
 
 
 def count(raw: Path, file: Literal["train", "t10k"]) -> int:

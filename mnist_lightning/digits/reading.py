@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from mnist_lightning.callbacks import printable
 from mnist_lightning.digits import pictures, plots
 from mnist_lightning.digits.pictures import Array
+from mnist_lightning.engine.run import printable
 from mnist_lightning.model import MLP, PIXELS
 
 HEADER = ("file", "digit", "probability", "runner_up", "runner_up_probability")

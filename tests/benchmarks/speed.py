@@ -1,7 +1,9 @@
 """Seconds an epoch of the tutorial's network: this project beside a plain PyTorch loop and other frameworks.
 
-    python tests/benchmarks/speed.py --root data
-    python tests/benchmarks/speed.py --root data --scaling
+    python tests/benchmarks/speed.py --root data                 # all contestants, and a small CNN
+    python tests/benchmarks/speed.py --root data --scaling       # other sizes of network, minibatch and training set
+    python tests/benchmarks/speed.py --root data --progress-bar  # what a progress bar in a terminal costs
+    python tests/benchmarks/speed.py --root data --processes     # the command `fit` on one process and on two
 
 All contestants train on the same 55,000 images with the same recipe, an epoch each in turn, so that a machine that gets
 slower gets slower for all; then each reads the test set, so that nobody is fast by doing less. Each has a process
@@ -11,12 +13,16 @@ part where they are installed.
 
 import argparse
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,12 +43,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
-from mnist_lightning.callbacks import Report
-from mnist_lightning.classifier import MNISTClassifier
-from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
 from mnist_lightning.digits import files
 
 Split = tuple[Tensor, Tensor]
+Contestants = dict[str, tuple[Callable[..., float], dict[str, Any]]]
+
+PLAIN, PLAIN_CNN = "plain PyTorch loop (reference)", "small CNN, plain PyTorch loop (the CNN's reference)"
 
 
 class synthetic(MNIST):  # noqa: N801
@@ -71,7 +78,10 @@ class Turns:
 
 
 class TakeTurns(pl.Callback):
-    """Makes a Trainer take turns; its epoch is timed from the first to the last of its batches."""
+    """Makes a Trainer take turns; its epoch is timed until it validates or, without validation, ends.
+
+    It has no hooks on batches, so that our Trainer need not stop at each of them.
+    """
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
@@ -79,18 +89,25 @@ class TakeTurns(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.turns.wait()
         self.start = time.perf_counter()
+        self.end: float | None = None
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.end = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.turns.pipe.send(self.end - self.start)
+        self.turns.pipe.send((self.end or time.perf_counter()) - self.start)
+
+
+def as_floats(split: Split) -> Split:
+    """The pixels as float32 in [0, 1], resident in memory."""
+    return split[0].float().div_(255), split[1]
 
 
 def read_accuracy(network: nn.Module, test: Split) -> float:
+    images, labels = as_floats(test)
     with torch.no_grad():
-        logits: Tensor = network(test[0])
-    return (logits.argmax(1) == test[1]).float().mean().item()
+        logits: Tensor = network(images)
+    return (logits.argmax(1) == labels).float().mean().item()
 
 
 def plain_network(hidden: int) -> nn.Sequential:
@@ -101,11 +118,28 @@ def plain_network(hidden: int) -> nn.Sequential:
     return network
 
 
+def small_cnn() -> nn.Sequential:
+    """Maps pixels, (B, 784), to logits, (B, 10)."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        *(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        nn.Linear(16 * 5 * 5, 10),
+    )
+
+
 def reference(turns: Turns, data: MNISTDataModule, hidden: int = 200) -> float:
+    return loop_plainly(turns, data, plain_network(hidden))
+
+
+def cnn_reference(turns: Turns, data: MNISTDataModule) -> float:
+    return loop_plainly(turns, data, small_cnn())
+
+
+def loop_plainly(turns: Turns, data: MNISTDataModule, network: nn.Module) -> float:
     """A plain PyTorch loop over resident tensors, denormals flushed, nothing logged."""
-    torch.manual_seed(0)
-    images, labels = data.train
-    network = plain_network(hidden)
+    images, labels = as_floats(data.train)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
     for _ in range(turns.epochs):
         with turns.take():
@@ -117,51 +151,88 @@ def reference(turns: Turns, data: MNISTDataModule, hidden: int = 200) -> float:
     return read_accuracy(network, data.test)
 
 
-def this_project(turns: Turns, data: MNISTDataModule, hidden: int = 200, fused: bool = True) -> float:
-    """With TensorBoard, checkpoints and the console report."""
-    pl.seed_everything(0)
-    model = MNISTClassifier(hidden_dim=hidden, fused_step=fused)
-    with tempfile.TemporaryDirectory() as directory:
-        best = pl.callbacks.ModelCheckpoint(monitor="val/acc", mode="max", filename="best")
-        last = pl.callbacks.ModelCheckpoint(filename="last")
-        pl.Trainer(
-            accelerator="cpu",
-            max_epochs=turns.epochs,
-            log_every_n_steps=100,
-            num_sanity_val_steps=0,
-            logger=pl.loggers.TensorBoardLogger(directory),
-            callbacks=[TakeTurns(turns), Report(), best, last],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(model, datamodule=data)
-    return read_accuracy(model, data.test)
+class Unfused(MNISTClassifier):
+    fast_step = None  # type: ignore[assignment]
 
 
 class Documented(pl.LightningModule):
     """A LightningModule as Lightning's documentation writes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module, fused: bool | None = None) -> None:
         super().__init__()
-        self.network = plain_network(200)
+        self.network = network
+        self.fused = fused
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images.flatten(1))
+        return logits
 
     def training_step(self, batch: Split, batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self.network(images.flatten(1))
+        logits = self(images)
         loss = F.cross_entropy(logits, labels)
-        self.log("train_loss", loss)
-        self.log("train_acc", (logits.argmax(1) == labels).float().mean())
+        self.log("train/loss", loss)
+        self.log("train/acc", (logits.argmax(1) == labels).float().mean())
         return loss
 
+    def validation_step(self, batch: Split, batch_idx: int) -> None:
+        images, labels = batch
+        self.log("val/acc", (self(images).argmax(1) == labels).float().mean())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.001)
+        return torch.optim.Adam(self.parameters(), lr=0.001, fused=self.fused)
+
+
+def this_project(
+    turns: Turns,
+    data: MNISTDataModule,
+    hidden: int = 200,
+    module: type[MNISTClassifier] = MNISTClassifier,
+    trainer: type[pl.Trainer] = Trainer,
+) -> float:
+    return fit(turns, data, module(hidden_dim=hidden), trainer)
+
+
+def our_cnn(turns: Turns, data: MNISTDataModule) -> float:
+    return fit(turns, data, Documented(small_cnn(), fused=True))
+
+
+def in_terminal(turns: Turns, data: MNISTDataModule, terminal: str, progress_bar: bool) -> float:
+    os.environ["TERM"] = "xterm-256color"
+    with Path(terminal).open("w") as screen, contextlib.redirect_stdout(screen):
+        return fit(turns, data, MNISTClassifier(), progress_bar=progress_bar)
+
+
+def fit(
+    turns: Turns,
+    data: MNISTDataModule,
+    model: pl.LightningModule,
+    trainer: type[pl.Trainer] = Trainer,
+    progress_bar: bool = False,
+) -> float:
+    """With TensorBoard, and with checkpoints of the best and of the last epoch."""
+    with tempfile.TemporaryDirectory() as directory:
+        best = pl.callbacks.ModelCheckpoint(monitor="val/acc", mode="max", filename="best")
+        last = pl.callbacks.ModelCheckpoint(filename="last")
+        bar = [pl.callbacks.RichProgressBar()] if progress_bar else []
+        trainer(
+            accelerator="cpu",
+            max_epochs=turns.epochs,
+            log_every_n_steps=100,
+            num_sanity_val_steps=0,
+            logger=pl.loggers.TensorBoardLogger(directory),
+            callbacks=[TakeTurns(turns), *bar, best, last],
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+        ).fit(model, datamodule=data)
+    return read_accuracy(model, data.test)
 
 
 def lightning_as_documented(turns: Turns, data: MNISTDataModule) -> float:
     """torchvision's dataset, a `DataLoader`, `self.log` in each step."""
-    pl.seed_everything(0)
     source = MNIST if data.dataset_name == "MNIST" else synthetic
     dataset = torch.utils.data.Subset(source(data.root, transform=ToTensor()), range(5_000, 60_000))
-    model = Documented()
+    model = Documented(plain_network(200))
     with tempfile.TemporaryDirectory() as directory:
         pl.Trainer(
             accelerator="cpu",
@@ -171,7 +242,7 @@ def lightning_as_documented(turns: Turns, data: MNISTDataModule) -> float:
             enable_progress_bar=False,
             enable_model_summary=False,
         ).fit(model, DataLoader(dataset, batch_size=100, shuffle=True))
-    return read_accuracy(model.network, data.test)
+    return read_accuracy(model, data.test)
 
 
 def jax_scan(turns: Turns, data: MNISTDataModule) -> float:
@@ -179,7 +250,9 @@ def jax_scan(turns: Turns, data: MNISTDataModule) -> float:
     import jax
     import jax.numpy as jnp
 
-    images, labels = (jnp.asarray(tensor.numpy()) for tensor in data.train)
+    (images, labels), (test_images, test_labels) = (
+        [jnp.asarray(tensor.numpy()) for tensor in as_floats(split)] for split in (data.train, data.test)
+    )
     keys = jax.random.split(jax.random.key(0), 3)
     parameters = (
         0.01 * jax.random.truncated_normal(keys[0], -2, 2, (784, 200)),
@@ -213,8 +286,7 @@ def jax_scan(turns: Turns, data: MNISTDataModule) -> float:
     for epoch in range(turns.epochs):
         with turns.take():
             state = jax.block_until_ready(run_epoch(state, jax.random.fold_in(keys[2], epoch)))
-    predictions = forward(state[0], jnp.asarray(data.test[0].numpy())).argmax(1)
-    return float((predictions == jnp.asarray(data.test[1].numpy())).mean())
+    return float((forward(state[0], test_images).argmax(1) == test_labels).mean())
 
 
 def keras(turns: Turns, data: MNISTDataModule, steps_per_execution: int) -> float:
@@ -234,7 +306,7 @@ def keras(turns: Turns, data: MNISTDataModule, steps_per_execution: int) -> floa
         metrics=["accuracy"],
         steps_per_execution=steps_per_execution,
     )
-    (x, y), (test_x, test_y) = ((images.numpy(), labels.numpy()) for images, labels in (data.train, data.test))
+    (x, y), (test_x, test_y) = ([part.numpy() for part in as_floats(split)] for split in (data.train, data.test))
     for _ in range(turns.epochs):
         with turns.take():
             model.fit(x, y, batch_size=100, epochs=1, verbose=0)
@@ -245,7 +317,7 @@ def scikit_learn(turns: Turns, data: MNISTDataModule) -> float:
     """`MLPClassifier` with its own initialisation."""
     from sklearn.neural_network import MLPClassifier
 
-    (x, y), (test_x, test_y) = ((images.numpy(), labels.numpy()) for images, labels in (data.train, data.test))
+    (x, y), (test_x, test_y) = ([part.numpy() for part in as_floats(split)] for split in (data.train, data.test))
     model = MLPClassifier((200,), alpha=0, batch_size=100, random_state=0)
     for _ in range(turns.epochs):
         with turns.take():
@@ -270,10 +342,12 @@ def contest(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     settings = dict(settings)
-    files.read = partial(read_tiled, files.read, settings.pop("tiles", 1))
+    if "tiles" in settings:
+        files.read = partial(read_tiled, files.read, settings.pop("tiles"))
     data = MNISTDataModule(options.dataset, options.root, settings.pop("batch_size", 100))
+    data.prepare_data()
     data.setup("fit")
-    data.setup("test")
+    torch.manual_seed(0)
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
         pipe.send(contestant(Turns(pipe, options.epochs), data, **settings))
         # Until the main process ends: even ending would be work in another's turn.
@@ -281,9 +355,7 @@ def contest(
             pipe.recv()
 
 
-def in_turns(
-    contestants: dict[str, tuple[Callable[..., float], dict[str, Any]]], options: argparse.Namespace
-) -> tuple[dict[str, list[float]], dict[str, float]]:
+def in_turns(contestants: Contestants, options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Let each run an epoch in turn; return their seconds of each epoch and their accuracies."""
     spawn = multiprocessing.get_context("spawn")
     pipes = {}
@@ -318,10 +390,11 @@ def processor() -> str:
 
 
 def compare(options: argparse.Namespace) -> None:
-    contestants: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
-        "plain PyTorch loop (reference)": (reference, {}),
+    contestants: Contestants = {
+        PLAIN: (reference, {}),
         "this project": (this_project, {}),
-        "this project, `--model.fused_step false`": (this_project, {"fused": False}),
+        "this project, without the fused step": (this_project, {"module": Unfused}),
+        "Lightning's Trainer, our module": (this_project, {"trainer": pl.Trainer}),
         "Lightning as documented": (lightning_as_documented, {}),
     }
     if find_spec("jax"):
@@ -331,12 +404,13 @@ def compare(options: argparse.Namespace) -> None:
             contestants[f"Keras, `steps_per_execution={steps}`"] = keras, {"steps_per_execution": steps}
     if find_spec("sklearn"):
         contestants["scikit-learn"] = scikit_learn, {}
+    contestants |= {PLAIN_CNN: (cnn_reference, {}), "small CNN, our Trainer": (our_cnn, {})}
     seconds, accuracies = in_turns(contestants, options)
-    base = next(iter(seconds.values()))
     print("\n| | seconds an epoch | of the reference | test accuracy |\n| --- | --- | --- | --- |")
     for name, values in seconds.items():
+        base = seconds[PLAIN_CNN if "CNN" in name else PLAIN]
         print(f"| {name} | {statistics.median(values[1:]):.2f} | {ratio(values, base):.2f} | {accuracies[name]:.2%} |")
-    ours = seconds["this project"]
+    ours, base = seconds["this project"], seconds[PLAIN]
     print(f"\nThis project's last epoch took {ours[-1] / base[-1] / (ours[1] / base[1]):.2f} of its second's time.")
 
 
@@ -354,18 +428,82 @@ def scaling(options: argparse.Namespace) -> None:
         print("|", " | ".join(map(str, [*size, *medians, f"{ratio(ours, base):.2f}"])), "|", flush=True)
 
 
+def progress_bar(options: argparse.Namespace) -> None:
+    import pty  # which Windows does not have
+
+    screen, terminal = pty.openpty()
+    drawn = bytearray()
+
+    def read() -> None:
+        while True:
+            drawn.extend(os.read(screen, 65_536))
+
+    threading.Thread(target=read, daemon=True).start()
+    bars = {"without a progress bar": False, "with Lightning's `RichProgressBar`": True}
+    settings = {"terminal": os.ttyname(terminal)}
+    seconds, _ = in_turns({row: (in_terminal, settings | {"progress_bar": bar}) for row, bar in bars.items()}, options)
+    base = next(iter(seconds.values()))
+    print("\n| this project, in a terminal | seconds an epoch | ratio |\n| --- | --- | --- |")
+    for row, values in seconds.items():
+        print(f"| {row} | {statistics.median(values[1:]):.2f} | {ratio(values, base):.2f} |")
+    print(f"\nThe bar was drawn {drawn.count(b'Epoch'):,} times.")
+
+
+def processes(options: argparse.Namespace) -> None:
+    """Whole epochs of the command `fit`, validation included; the better of two runs."""
+    columns = {
+        "one process, all cores": (os.cpu_count() or 1, ["--trainer.devices=1"]),
+        "one process, one core": (1, ["--trainer.devices=1"]),
+        "two processes, a core each": (1, ["--trainer.devices=2", "--trainer.strategy=ddp"]),
+    }
+    print("\n| minibatch |", " | ".join(columns), "|\n" + "| --- " * (1 + len(columns)) + "|")
+    for batch_size in (100, 1_000, 5_000, 11_000):
+        runs = [[command_seconds(options, batch_size, *column) for column in columns.values()] for _ in range(2)]
+        better = [f"{min(pair):.2f}" for pair in zip(*runs, strict=True)]
+        print(f"| {batch_size:,} |", " | ".join(better), "|", flush=True)
+
+
+def command_seconds(options: argparse.Namespace, batch_size: int, threads: int, devices: list[str]) -> float:
+    """Seconds an epoch, by the `results.json` of a run."""
+    with tempfile.TemporaryDirectory() as directory:
+        settings = {
+            "data.dataset": options.dataset,
+            "data.root": options.root,
+            "data.batch_size": batch_size,
+            "trainer.accelerator": "cpu",
+            "trainer.max_epochs": options.epochs,
+            "trainer.default_root_dir": directory,
+            "test_after_fit": "false",
+        }
+        arguments = [f"--{name}={value}" for name, value in settings.items()]
+        command = [sys.executable, "-m", "mnist_lightning", "fit", *arguments, *devices]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        (results,) = Path(directory).rglob("results.json")
+        seconds: float = json.loads(results.read_text())["train_seconds"] / options.epochs
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="directory of the data, as --data.root")
     parser.add_argument("--dataset", default="auto", choices=("auto", "mnist", "synthetic"))
     parser.add_argument("--epochs", type=int, default=10, help="at least 2")
-    parser.add_argument("--scaling", action="store_true", help="vary the size of network, minibatch and training set")
+    measure = parser.add_mutually_exclusive_group()
+    for option, function, text in (
+        ("--scaling", scaling, "vary the size of network, minibatch and training set"),
+        ("--progress-bar", progress_bar, "compare our Trainer with and without a progress bar in a terminal"),
+        ("--processes", processes, "compare the command `fit` on one process and on two"),
+    ):
+        measure.add_argument(option, dest="measure", action="store_const", const=function, default=compare, help=text)
     options = parser.parse_args()
     data = MNISTDataModule(options.dataset, options.root)
     data.prepare_data()
+    data.setup("fit")
+    options.dataset = data.hparams["dataset"]  # so that no contestant tries to download it again
     machine = f"{os.cpu_count()} cores of {processor()}"
     print(f"{data.dataset_name}, {options.epochs} epochs, {machine}, torch {torch.__version__}", flush=True)
-    (scaling if options.scaling else compare)(options)
+    options.measure(options)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,56 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.constants import default_pg_timeout
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 # A process that did not answer for so long is taken for dead, so that a run ends within a minute. PyTorch's half hour
 # is kept for the start, where one machine may still be importing while another one waits.
 TIMEOUT = timedelta(seconds=50)
 
-LAUNCHER = "MNIST_LIGHTNING_LAUNCHER"
+PROGRAM = __name__.partition(".")[0]
+LAUNCHER = f"{PROGRAM.upper()}_LAUNCHER"
+
+
+class DDP(DDPStrategy):
+    """Lightning's DDP, where processes with unequal parts of a minibatch count each example once.
+
+    Lightning takes the mean of the processes' gradients. Here each process's loss, and what it logs with `sync_dist` in
+    a training step, first gets the weight of its part: see `DeviceLoader.weight`. A loader without it has equal parts.
+    """
+
+    has_timeout = False
+    """Whether the user gave one."""
+
+    _in_training_step = False
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's; what is logged within has its weight."""
+        self._in_training_step = True
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._in_training_step = False
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning's, of the loss with its weight."""
+        weight = self._weight_of_part
+        return super().backward(closure_loss if weight == 1 else closure_loss * weight, *args, **kwargs)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Lightning's; in a training step, the mean is that over all examples."""
+        if self._in_training_step and reduce_op == "mean" and (weight := self._weight_of_part) != 1:
+            tensor = tensor * weight
+        return super().reduce(tensor, group, reduce_op)
+
+    @property
+    def _weight_of_part(self) -> float:
+        assert self.lightning_module
+        weight: float = getattr(self.lightning_module.trainer.train_dataloader, "weight", 1.0)
+        return weight
 
 
 def rank() -> int:
@@ -33,8 +71,18 @@ def rank() -> int:
     return getattr(rank_zero_only, "rank", 0)
 
 
+def agree(strategy: Strategy, number: int) -> int:
+    """The least of the processes' numbers; each process has to call it."""
+    return int(strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op="min"))
+
+
+def gather(trainer: pl.Trainer, part: Tensor) -> Tensor:
+    """Put the parts that the processes have of a minibatch together, in order; each process has to call it."""
+    return torch.cat(gather_all_tensors(part)) if trainer.world_size > 1 else part
+
+
 def slurm(plugins: list[Any]) -> list[ClusterEnvironment]:
-    """SLURM as Lightning would find it by itself, but without requeueing: that would save amid a call of a step.
+    """SLURM as Lightning would find it by itself, but without requeueing: that would save past `BestAndLast`.
 
     Args:
         plugins: The user's; one that says how processes are started is kept.
@@ -59,10 +107,7 @@ def check(trainer: pl.Trainer) -> None:
                 f"{started} processes were started, but trainer.devices times trainer.num_nodes is "
                 f"{trainer.world_size}; give the number of processes on each machine and the number of machines"
             )
-    strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy) and not (
-        isinstance(strategy, DDPStrategy) and strategy._start_method == "popen"
-    ):
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDP):
         raise MisconfigurationException("trainer.strategy: for several processes, give ddp")
 
 
@@ -93,15 +138,19 @@ class Timeout(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set the timeout, once all processes have met."""
-        if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._timeout == default_pg_timeout:
+        if isinstance(trainer.strategy, DDP) and not trainer.strategy.has_timeout:
             # The second is what older versions of PyTorch have.
             set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
             set_timeout(TIMEOUT)
 
 
-def gather(trainer: pl.Trainer, part: Tensor) -> Tensor:
-    """Put the parts that the processes have of a minibatch together, in order; each process has to call it."""
-    return torch.cat(gather_all_tensors(part)) if trainer.world_size > 1 else part
+class OwnRandomNumbers(pl.Callback):
+    """Lets each process draw random numbers of its own: with one seed, dropout would leave out the same units."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the rank to the seed."""
+        if trainer.global_rank:
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
 
 def is_lost(error: Exception) -> bool:
@@ -122,7 +171,7 @@ def end_with_launcher() -> None:
         while str(os.getppid()) == os.environ[LAUNCHER]:
             time.sleep(1)
         with contextlib.suppress(OSError):
-            message = f"mnist_lightning: process {rank()}: the process that started this one has ended"
+            message = f"{PROGRAM}: process {rank()}: the process that started this one has ended"
             print(message, file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -9,6 +9,17 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+# What Lightning does not check: the least value, and the one that means no limit.
+TRAINER_MINIMA = {
+    "max_epochs": (1, -1),
+    "max_steps": (1, -1),
+    "check_val_every_n_epoch": (1, None),
+    "num_sanity_val_steps": (0, -1),
+    "log_every_n_steps": (0, None),
+    "accumulate_grad_batches": (1, None),
+    "gradient_clip_val": (0, None),
+}
+
 
 class UsageError(Exception):
     """The command or the config is wrong; the message names the setting and what to do."""
@@ -70,3 +81,21 @@ def _known_keys(parser: ArgumentParser) -> Iterator[str]:
         if isinstance(action.choices, dict):  # of subcommands
             for subparser in action.choices.values():
                 yield from _known_keys(subparser)
+
+
+def check_values(config: Any) -> None:
+    """Check what Lightning does not: the seed, and the Trainer's numbers.
+
+    Raises:
+        UsageError: One is out of its range.
+    """
+    seed, trainer = config.seed_everything, config.trainer
+    if isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UsageError(f"seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}")
+    for name, (least, unlimited) in TRAINER_MINIMA.items():
+        value = trainer[name]
+        if value is not None and value < least and value != unlimited:
+            choice = "" if unlimited is None else f", or {unlimited} for no limit"
+            raise UsageError(f"trainer.{name} must be at least {least}{choice}, not {value}")
+    if trainer.val_check_interval == 0:
+        raise UsageError("trainer.val_check_interval must be above 0; trainer.limit_val_batches 0 does not validate")

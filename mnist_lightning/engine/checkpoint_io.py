@@ -1,0 +1,209 @@
+"""Checkpoints: written so that a whole one is always on disk, and read without trusting them."""
+
+import contextlib
+import io
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from .processes import rank
+
+PARTS = ("state_dict", "hyper_parameters", "global_step", "loops", "callbacks", "pytorch-lightning_version")
+
+# What PyTorch's fused optimizers write to, without a look at its size.
+KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or must not be loaded; the message names it and says why."""
+
+
+def read(path: Path, module_class: type[pl.LightningModule]) -> dict[str, Any]:
+    """Load a checkpoint without running anything that it holds.
+
+    Args:
+        path: The file.
+        module_class: What it has to be a checkpoint of: the class is made with its hyperparameters, to compare weights.
+
+    Returns:
+        What Lightning saved: tensors, on the CPU, and plain values only.
+
+    Raises:
+        CheckpointError: It holds something else, is damaged, or is not of this program or this network.
+    """
+    checkpoint = _load(path)
+    found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if not isinstance(checkpoint, dict) or any(part not in checkpoint for part in PARTS):
+        raise CheckpointError(f"{path} is not of this program: expected {', '.join(PARTS)}, found {found}")
+    try:
+        with torch.device("meta"):  # for the shapes, without the memory
+            module = module_class(**checkpoint["hyper_parameters"])
+        # With the defaults of settings that are newer than the checkpoint.
+        checkpoint["hyper_parameters"] = dict(module.hparams)
+        expected, shapes = (
+            {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in state.items()}
+            for state in (module.state_dict(), checkpoint["state_dict"])
+        )
+        if not all(isinstance(count, int) for count in progress(checkpoint)):
+            raise TypeError("epochs and iterations must be whole numbers")
+        finite = all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+        if shapes == expected:
+            for optimizer in checkpoint.get("optimizer_states", []):
+                _check_optimizer(optimizer, list(module.parameters()))
+    except Exception as error:  # whatever plain values may lead to that are in the wrong place
+        raise CheckpointError(f"{path} is not of this program: {type(error).__name__}: {error}") from error
+    if shapes != expected:
+        raise CheckpointError(
+            f"{path} is of another network: expected weights {_list(expected)}, found {_list(shapes)}"
+        )
+    if not finite:
+        raise CheckpointError(f"{path} is refused: expected weights that are finite numbers, found some that are not")
+    return checkpoint
+
+
+def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """Epochs and iterations that the run of a checkpoint has behind it."""
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
+
+
+def find(name: str, runs: Path) -> Path:
+    """The file that `best` or `last` of the newest run that has one means, or a path.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if name not in ("best", "last"):
+        if not Path(name).is_file():
+            raise CheckpointError(f"there is no checkpoint {name}")
+        return Path(name)
+    numbered = {
+        int(match[1]): path
+        for path in runs.glob(f"version_*/checkpoints/{name}.ckpt")
+        if (match := re.fullmatch(r"version_(\d+)", path.parts[-3]))
+    }
+    if not numbered:
+        raise CheckpointError(f"there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
+    return numbered[max(numbered)]
+
+
+def _load(path: Path) -> Any:
+    try:
+        # PyTorch writes the zip format's CRC-32 sums but does not look at them; `testzip` does.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # whatever a damaged file may lead to
+        if call := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} is refused: expected tensors and plain values only, found {call[1]}, which loading would "
+                "call; nothing of it was run"
+            ) from error
+        damaged = str(error)
+    raise CheckpointError(
+        f"{path} is damaged or no checkpoint: expected what `fit` saves, found {path.stat().st_size:,} bytes that "
+        f"cannot be read ({damaged})"
+    )
+
+
+def _check_optimizer(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
+    """Raise where a tensor does not fit its parameter: PyTorch's fused kernels would write outside of it."""
+    if sum(len(group["params"]) for group in optimizer["param_groups"]) > len(parameters):
+        raise ValueError("an optimizer of more parameters than the network has")
+    for index, state in optimizer["state"].items():
+        for name in KERNELS_WRITE & state.keys():
+            value, shape = state[name], torch.Size() if name == "step" else parameters[index].shape
+            if value.shape != shape or not value.is_floating_point() or not value.is_contiguous():
+                raise ValueError(f"expected the optimizer's {name} of shape {tuple(shape)}, found {tuple(value.shape)}")
+
+
+def _list(weights: dict[str, tuple[tuple[int, ...], bool]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, (shape, _) in weights.items())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside `path`, sync it to the disk, and rename it to `path`, so that one of the two is there whole.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` is left as it was.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Lets the Trainer replace checkpoints in one step and load them by `read`, whatever its caller asks for.
+
+    Args:
+        module_class: The class of the network whose checkpoints are loaded.
+    """
+
+    def __init__(self, module_class: type[pl.LightningModule]) -> None:
+        self.module_class = module_class
+        self._directories: set[Path] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Replace the checkpoint at `path`, if there is one, by `write_whole`.
+
+        Raises:
+            CheckpointError: It cannot be written; the checkpoint that was there before is left as it was.
+        """
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            write_whole(path, content.getvalue())
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be saved: {error.strerror}; what was saved before, if anything, is whole: mend that "
+                "and resume with --ckpt_path"
+            ) from error
+        self._directories.add(path.resolve().parent)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint beside those saved here, and nothing else that an untrusted one may name."""
+        path = Path(path).resolve()
+        if path.is_file() and path.suffix == ".ckpt" and path.parent in self._directories:
+            path.unlink()
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Load a checkpoint by `read`, tensors and plain values only, to the CPU.
+
+        Of several processes, the first one reads for all: the others may be on machines that do not have the file.
+
+        Raises:
+            CheckpointError: As in `read`, in all processes.
+        """
+        if not torch.distributed.is_initialized():
+            return read(Path(path), self.module_class)
+        found: list[Any] = [None]
+        if rank() == 0:
+            try:
+                found = [read(Path(path), self.module_class)]
+            except CheckpointError as error:
+                found = [error]
+        torch.distributed.broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        checkpoint: dict[str, Any] = found[0]
+        return checkpoint

@@ -1,0 +1,258 @@
+"""The command line: Lightning's own CLI with defaults of ours, runs that go on, and errors as one clear line."""
+
+import contextlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from . import processes
+from .checkpoint_io import CheckpointError, CheckpointIO, find, read, write_whole
+from .checkpoints import BestAndLast, FiniteLosses
+from .loop import Trainer
+from .parser import Parser, UsageError, check_values, shorter
+from .report import Report
+from .resume import ExactResumption, refuse_manual_optimization
+from .run import run_directory, say
+from .tensorboard import RunLogger
+
+RUNS = "lightning_logs"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves `config.yaml` when training begins: a run that cannot be resumed keeps its own."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save at once where nothing is trained."""
+        if stage == "fit":
+            self.already_saved = True  # also for the test that comes after
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, in one step: a resumed run needs its config."""
+        if run := run_directory(trainer):
+            write_whole(run / "config.yaml", self.parser.dump(self.config, skip_none=False).encode())
+
+
+class CLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict`.
+
+    Args:
+        model_class: The `LightningModule`.
+        datamodule_class: The `LightningDataModule`.
+        callbacks: Callbacks that every Trainer gets, without settings of their own.
+        parser_kwargs: For the parser: what `--help` says.
+    """
+
+    def __init__(
+        self,
+        model_class: type[pl.LightningModule],
+        datamodule_class: type[pl.LightningDataModule],
+        callbacks: tuple[type[pl.Callback], ...] = (),
+        parser_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.callbacks, self.network_class = callbacks, model_class
+        super().__init__(
+            model_class,
+            datamodule_class,
+            trainer_class=Trainer,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_epochs": 10,
+                "log_every_n_steps": 100,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            parser_kwargs=parser_kwargs,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Trainer methods, and those of their arguments that are not for the command line."""
+        ours = {"weights_only", "verbose", "return_predictions"}
+        return {name: skipped | ours for name, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add this project's own settings."""
+        parser.add_argument(
+            "--checkpoint_every",
+            type=NonNegativeInt,
+            default=0,
+            help="Save last.ckpt also after every so many iterations; 0 does not",
+        )
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=True, help="Whether `fit` tests at its end and draws the figures"
+        )
+        parser.add_argument(
+            "--test_weights",
+            type=Literal["best", "last"],
+            default="best",
+            help="Weights that `fit` tests: those of the best validation accuracy, or the last",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Resolve `best` and `last`, add the settings of the run that is resumed, and check what Lightning does not."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
+        self._run: Path | None = None
+        self._checkpoint: str | None = None
+        if config.ckpt_path:
+            self._take_checkpoint(parser, args)
+        elif self.config.subcommand != "fit":
+            raise UsageError("ckpt_path: which weights? Give `best` or `last` of the newest run, or a path")
+        check_values(self.config[self.config.subcommand])
+
+    def _take_checkpoint(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Take the settings of a checkpoint's run and of its network; other ones are refused, not overruled."""
+        command = self.config.subcommand
+        fits = command == "fit"
+        try:
+            path = find(self.config[command].ckpt_path, self._runs)
+            checkpoint = read(path, self.network_class)
+            if fits:
+                refuse_manual_optimization(checkpoint)
+        except (CheckpointError, MisconfigurationException) as error:
+            raise UsageError(f"ckpt_path: {error}") from error
+        run = path.resolve().parent.parent
+        if fits and run.parent == self._runs.resolve():
+            # Goes on in its own directory, with its own settings where the command gives no others.
+            self._run = run
+            if (run / "config.yaml").is_file():
+                arguments = sys.argv[1:] if args is None else list(map(str, args))
+                if arguments[0] != "fit":
+                    raise UsageError("to resume a run, give `fit` before its settings")
+                config = ["--config", str(run / "config.yaml")]
+                super().parse_arguments(parser, ["fit", *config, *arguments[1:]])
+        settings, hparams = self.config[command].model, checkpoint["hyper_parameters"]
+        # A subclass may hand settings on to its base.
+        signatures = (inspect.signature(kind).parameters.items() for kind in reversed(self.network_class.__mro__[:-1]))
+        defaults = {name: parameter.default for signature in signatures for name, parameter in signature}
+        for name, value in hparams.items():
+            # A default was asked for by nobody, unless it stands in the run's own config.
+            if settings[name] not in (value, value if self._run else defaults[name]):
+                raise UsageError(f"model.{name} is {settings[name]}, but the checkpoint was trained with {value}")
+        self.config = parser.parse_object({command: {"model": hparams}}, self.config)
+        if fits and self.config[command].data.get("dataset") == "auto":
+            found = {"dataset": checkpoint["datamodule_hyper_parameters"]["dataset"]}
+            with contextlib.suppress(UsageError):  # a data module of the user's may have but one
+                self.config = parser.parse_object({command: {"data": found}}, self.config)
+        # Kept from LightningCLI, which would let the checkpoint's settings win over all others without a word.
+        self._checkpoint, self.config[command].ckpt_path = str(path), None
+
+    def before_instantiate_classes(self) -> None:
+        """Give the checkpoint back, for the Trainer."""
+        self.config[self.subcommand].ckpt_path = self._checkpoint
+
+    def instantiate_classes(self) -> None:
+        """Settings out of range are the user's errors."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UsageError(shorter(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add the logger, the callbacks and the progress bar, where the user has not chosen otherwise."""
+        config = self.config_init[self.subcommand].trainer
+        if config.logger in (None, True):
+            kwargs["logger"] = RunLogger(
+                self._runs.parent,
+                name=RUNS,
+                version=self._run.name if self._run else None,
+                log_graph=self._run is None,
+                default_hp_metric=False,
+            )
+        callbacks, plugins = (
+            given if isinstance(given, list) else [given] if given else []
+            for given in (config.callbacks, config.plugins)
+        )
+        if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
+            raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
+        ours = (ExactResumption, processes.Timeout, processes.OwnRandomNumbers)
+        self._report = Report()
+        callbacks = [*(kind() for kind in ours), *callbacks, FiniteLosses(), self._report]
+        callbacks += [kind() for kind in self.callbacks]
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            if config.enable_progress_bar is not False and sys.stdout.isatty():
+                callbacks.append(RichProgressBar(theme=RichProgressBarTheme(metrics_format=".2f")))
+            else:
+                kwargs["enable_progress_bar"] = False
+        self._best_and_last = None
+        if self.subcommand != "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            kwargs["enable_checkpointing"] = False
+        elif config.enable_checkpointing is not False and not config.fast_dev_run:
+            self._best_and_last = BestAndLast(self.config[self.subcommand].checkpoint_every)
+            callbacks.append(self._best_and_last)
+        if config.logger is False:
+            self.save_config_callback = None
+        plugins = [*plugins, *processes.slurm(plugins), CheckpointIO(type(self.model))]
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
+        processes.check(trainer)
+        if self.subcommand == "fit" and not self.config.fit.ckpt_path:
+            processes.check_share(self.datamodule.batch_size, trainer.world_size)
+        return trainer
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, then test."""
+        # config.yaml repeats the whole run, also where this process resumed it.
+        self.config.fit.ckpt_path = None
+        try:
+            self.trainer.fit(**kwargs)
+        except Exception as error:
+            if self._report.has_begun:
+                raise
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.discard()
+            if isinstance(error, ValueError | TypeError):
+                raise UsageError(str(error)) from error
+            raise
+        if self.config.fit.test_after_fit:
+            best = None
+            if self._best_and_last and self.config.fit.test_weights == "best":
+                best = self._best_and_last.best(self.trainer)
+            # The hyperparameters and the graph are logged already.
+            self.trainer.enable_autolog_hparams = False
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        self._say_where()
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure the validation split."""
+        self.trainer.validate(**kwargs, verbose=False)
+        self._say_where()
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure the test split and draw the figures."""
+        self.trainer.test(**kwargs, verbose=False)
+        self._say_where()
+
+    def predict(self, **kwargs: Any) -> None:
+        """Read the test split's digits."""
+        self.trainer.predict(**kwargs, return_predictions=False)
+        self._say_where()
+
+    def _say_where(self) -> None:
+        directory = run_directory(self.trainer)
+        if directory is None:
+            return
+        if directory.is_relative_to(Path.cwd()):
+            directory = directory.relative_to(Path.cwd())
+        say(f"Run: {directory}")
+        if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
+            say(f"Look at it: tensorboard --logdir {directory.parent}")

@@ -1,0 +1,216 @@
+"""Minibatches out of tensors that already sit on the device, and the data module that hands them out."""
+
+import inspect
+from collections.abc import Iterator
+from math import ceil
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+# Minibatches that are augmented at once: one at a time would take longer.
+AHEAD = 10
+
+
+class Augmentation(Protocol):
+    """Makes new training inputs out of old ones, each with random numbers of its own."""
+
+    draws: int
+    """Random numbers that an example takes."""
+
+    def __call__(self, inputs: Tensor, noise: Tensor, /) -> Tensor:
+        """Map inputs, (B, ...), and uniform random numbers in [-1, 1), (B, `draws`), to new inputs, (B, ...)."""
+
+
+def uniform_noise(length: int, draws: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw what an augmentation takes for so many examples: (`length`, `draws`) float32 in [-1, 1)."""
+    # Always in float32, so that a run in another precision draws the same.
+    noise = torch.empty(length, draws, dtype=torch.float32, device=device)
+    return noise.uniform_(-1, 1, generator=torch.Generator(device).manual_seed(seed))
+
+
+class DeviceLoader:
+    """Cuts inputs and targets into minibatches where they are: no worker processes, no copies between devices.
+
+    The last minibatch of an epoch is smaller where `batch_size` does not divide the number of examples. A checkpoint
+    keeps how far into its epoch the loader is, and a run that is resumed goes on there.
+
+    Args:
+        inputs: (N, ...) tensor. Pixels in uint8 are handed out as float32 in [0, 1]: the same numbers in a quarter of
+            the memory.
+        targets: (N,) tensor on the same device.
+        batch_size: Examples in a minibatch of all processes together.
+        shuffle_seed: Shuffle with this seed, freshly for each epoch. The order depends on the seed and the epoch's
+            number alone. None keeps the order of the tensors.
+        augmentation: Applied to the inputs, with random numbers that depend on `shuffle_seed`, the epoch's number and
+            the minibatch alone (and on the model of device).
+        rank: This process's number among those that share each minibatch.
+        world_size: Number of processes. Each hands out its part of every minibatch. Parts are equal or differ by one
+            example. An empty part is handed out empty, but while shuffling as one example of weight 0.
+
+    Attributes:
+        weight: What the part handed out last counts in the mean over the processes: its length divided by the mean
+            length of all parts.
+
+    Raises:
+        ValueError: An augmentation without `shuffle_seed`.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        *,
+        shuffle_seed: int | None = None,
+        augmentation: Augmentation | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if augmentation and shuffle_seed is None:
+            raise ValueError("an augmentation needs shuffle_seed")
+        self.inputs = inputs
+        self.targets = targets
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.augmentation = augmentation
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.weight = 1.0
+        self._done = 0  # minibatches of the epoch
+        self._resume_at = {"epoch": 0, "done": 0}
+        if shuffle_seed is not None:
+            # Before each epoch Lightning calls `loader.sampler.set_epoch(epoch)`; a loader that keeps its order has no
+            # sampler, or Lightning would warn of shuffling where `overfit_batches` forbids it.
+            self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from 0, whose order the next iteration follows."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """How far into its epoch the loader is, for Lightning's checkpoints."""
+        return {"epoch": self.epoch, "done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next iteration go on where the loader of the checkpoint was, if it is of the same epoch."""
+        self._resume_at = state_dict
+
+    def __len__(self) -> int:
+        """Number of minibatches in an epoch."""
+        return ceil(len(self.targets) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `(inputs, targets)`, a minibatch at a time."""
+        resume, self._resume_at = self._resume_at, {"epoch": 0, "done": 0}
+        self._done = resume["done"] if resume["epoch"] == self.epoch else 0
+        order, seeds = self._order()
+        minibatches = order.to(self.targets.device).split(self.batch_size)
+        augmented = self._augmented(minibatches, seeds, self._done) if self.augmentation else None
+        for minibatch in minibatches[self._done :]:
+            inputs = next(augmented) if augmented else self._take(self._part(minibatch))
+            targets = self.targets.index_select(0, self._part(minibatch))
+            self._done += 1
+            yield inputs, targets
+
+    def _order(self) -> tuple[Tensor, list[int]]:
+        """Indices of the epoch's examples, (N,), and a seed for each minibatch."""
+        if self.shuffle_seed is None:
+            return torch.arange(len(self.targets)), []
+        # Mixed by NumPy, since seed + epoch would give neighbouring seeds nearly the same epochs.
+        mixed = np.random.SeedSequence((self.shuffle_seed, self.epoch)).generate_state(1 + len(self))
+        shuffle, *seeds = map(int, mixed)
+        # Drawn on the CPU, so that every device sees the same order.
+        return torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(shuffle)), seeds
+
+    def _part(self, minibatch: Tensor) -> Tensor:
+        """This process's part of indices or of noise, (B, ...), and its weight."""
+        if self.world_size == 1:
+            return minibatch
+        part = minibatch.tensor_split(self.world_size)[self.rank]
+        self.weight = len(part) * self.world_size / len(minibatch)
+        # A mean over no example would not be a number, and no weight would make it one.
+        return part if len(part) or self.shuffle_seed is None else minibatch[:1]
+
+    def _take(self, index: Tensor) -> Tensor:
+        inputs = self.inputs.index_select(0, index)
+        return inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs
+
+    def _augmented(self, minibatches: tuple[Tensor, ...], seeds: list[int], done: int) -> Iterator[Tensor]:
+        """Inputs from minibatch `done` on, augmented in groups that are the same wherever an epoch is resumed."""
+        assert self.augmentation
+        for start in range(done - done % AHEAD, len(minibatches), AHEAD):
+            group = minibatches[start : start + AHEAD]
+            # Drawn for whole minibatches, so that several processes see what one would.
+            noise = [
+                self._part(uniform_noise(len(minibatch), self.augmentation.draws, seed, self.inputs.device))
+                for minibatch, seed in zip(group, seeds[start : start + AHEAD], strict=True)
+            ]
+            inputs = self._take(torch.cat([self._part(minibatch) for minibatch in group]))
+            yield from self.augmentation(inputs, torch.cat(noise)).split(list(map(len, noise)))[max(0, done - start) :]
+
+
+class DeviceDataModule(pl.LightningDataModule):
+    """A data module whose loaders take minibatches on the Trainer's device, and which refuses to resume on other data.
+
+    `save_hyperparameters` says what the data is: a run is resumed only where all of it is the same.
+    """
+
+    def loader(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        *,
+        shuffle_seed: int | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> DeviceLoader:
+        """A `DeviceLoader` on the Trainer's device, for this process's part of each minibatch.
+
+        With `Trainer(overfit_batches)` it neither shuffles nor augments: the same minibatches each epoch.
+        """
+        trainer = self.trainer
+        if trainer is None:
+            return DeviceLoader(inputs, targets, batch_size, shuffle_seed=shuffle_seed, augmentation=augmentation)
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            shuffle_seed = augmentation = None
+        device = trainer.strategy.root_device
+        return DeviceLoader(
+            inputs.to(device),
+            targets.to(device),
+            batch_size,
+            shuffle_seed=shuffle_seed,
+            augmentation=augmentation,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The hyperparameters, which have to be the same for a checkpoint to go on as if nothing had happened."""
+        return dict(self.hparams)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to resume on other data than the checkpoint was trained with.
+
+        Raises:
+            MisconfigurationException: A setting differs; the message names it.
+        """
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        # The finder of a batch size restores what it saved before it tried others.
+        if any(isinstance(callback, BatchSizeFinder) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        settings = inspect.signature(type(self)).parameters
+        for name, value in self.state_dict().items():
+            # A checkpoint older than a setting was trained with its default.
+            then = state_dict.get(name, settings[name].default if name in settings else None)
+            if then != value:
+                raise MisconfigurationException(
+                    f"data.{name} is {value}, but the checkpoint was trained with {then}; give the same to resume it"
+                )

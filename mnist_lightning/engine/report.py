@@ -1,0 +1,219 @@
+"""What a run tells: lines on the console, two curves more, figures, and `results.json`."""
+
+import contextlib
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+from . import tensorboard
+from .checkpoint_io import progress
+from .processes import PROGRAM
+from .run import printable, run_directory, say
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PACKAGES = ("torch", "torchvision", "lightning", PROGRAM.replace("_", "-"))
+
+
+class Report(pl.Callback):
+    """Prints the tutorial's lines, logs what TensorBoard's HParams tab compares, and writes `results.json`.
+
+    Where the module logs `train/loss` and `train/acc`, it prints them and logs two curves more: the learning rate, and
+    examples a second since the point before, without validation. It keeps the curves' points as rows
+    `[iteration, loss, accuracy]`, iterations counted from 1; checkpoints carry them along.
+    """
+
+    observe_every = 0
+
+    def __init__(self) -> None:
+        self.train: list[list[float]] = []
+        self.val: list[list[float]] = []
+        self._dataset = ""
+        self._loaded: tuple[int, str] | None = None  # iteration and dataset of the checkpoint that is tested
+        self._resumes_from = 0, 0  # epochs and iterations
+        self.has_begun = False  # training has, in this process
+        self._seconds_of_resumed_runs = 0.0
+        self._started: float | None = None
+        self._since = 0.0, 0  # when examples were counted last, and after how many iterations
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds spent in the fit loop, with validation, also of the runs that were resumed."""
+        running = 0 if self._started is None else time.perf_counter() - self._started
+        return self._seconds_of_resumed_runs + running
+
+    def iteration(self, trainer: pl.Trainer) -> int:
+        """Optimizer steps behind the weights: of the checkpoint that was loaded to test it, or of this run."""
+        return self._loaded[0] if self._loaded else trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "train": self.train,
+            "val": self.val,
+            "train_seconds": self.train_seconds,
+            "dataset": self._dataset,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Testing the best checkpoint after a fit must not forget the epochs that came after it.
+        if not self.train:
+            self.train, self.val = state_dict["train"], state_dict["val"]
+            self._seconds_of_resumed_runs = state_dict["train_seconds"]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._resumes_from = progress(checkpoint)
+            return
+        dataset = checkpoint.get("datamodule_hyper_parameters", {}).get("dataset", "")
+        self._loaded = checkpoint["global_step"], dataset
+        if not self.has_begun:
+            trained_on = checkpoint["callbacks"].get("Report", {}).get("dataset") or dataset
+            say(printable(f"Weights of iteration {self._loaded[0]:,}, trained on {trained_on}"))
+            say(f"Reading {_name(trainer)}")
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Whoever resumes this checkpoint logs what comes after it; what came before has to be on disk.
+        for logger in trainer.loggers:
+            logger.save()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._loaded, self._dataset = None, _name(trainer)
+        epochs, iteration = self._resumes_from
+        for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
+            if done >= (getattr(trainer, name) or 0) > 0:
+                say(f"This run is done, at iteration {iteration:,}; to train longer, give a larger --trainer.{name}")
+                return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+        sizes = f"{len(data.train[1]):,} images, {len(data.val[1]):,} for validation"
+        say(
+            f"Training on {self._dataset}: {sizes}; {parameters:,} parameters on {pl_module.device}, "
+            f"seed {data.hparams.get('seed')}"
+        )
+        if trainer.ckpt_path:
+            say(f"Resuming {trainer.ckpt_path} after iteration {iteration:,}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.has_begun, self._started = True, time.perf_counter()
+        if trainer.global_step:
+            # Not earlier: a run that cannot be resumed keeps its curves.
+            tensorboard.rewind(trainer)
+        settings = {**pl_module.hparams, **trainer.datamodule.hparams}  # type: ignore[attr-defined]
+        tensorboard.log_settings(trainer, settings, ("test/acc", "test/loss", "val/acc", "val/loss"))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        # Where gradients are accumulated, several batches have one iteration.
+        is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
+        if not is_due or not {"train/loss", "train/acc"} <= trainer.callback_metrics.keys():
+            return
+        loss, acc = _metrics(trainer, "train")
+        self.train.append([iteration, loss, acc])
+        say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
+        (then, before), now = self._since, time.perf_counter()
+        self._since = now, iteration
+        batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
+        pl_module.log_dict(
+            {
+                "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "train/examples_per_second": (iteration - before) * batch_size / (now - then),
+            }
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+            return
+        loss, acc = _metrics(trainer, "val")
+        self.val.append([self.iteration(trainer), loss, acc])
+        self._since = time.perf_counter(), trainer.global_step
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        metrics = f"validation loss: {loss:.2f}, validation accuracy: {acc:.1%}"
+        say(f"Epoch: {trainer.current_epoch + 1}, {metrics}" if fitting else metrics.capitalize())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seconds_of_resumed_runs, self._started = self.train_seconds, None
+        self._write_results(trainer)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.on_test_epoch_end(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning takes a metric of this name for the place on the curves' axis, which begins at 0.
+        pl_module.log("step", float(max(0, self.iteration(trainer) - 1)), sync_dist=True)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loss, acc = _metrics(trainer, "test")
+        say(f"Test loss: {loss:.2f}, test accuracy: {acc:.1%}")
+        self._write_results(trainer)
+
+    def _write_results(self, trainer: pl.Trainer) -> None:
+        folder = run_directory(trainer)
+        if folder is None:
+            return
+        hparams = trainer.datamodule.hparams  # type: ignore[attr-defined]
+        results: dict[str, Any] = {
+            "dataset": hparams.get("dataset"),
+            "seed": hparams.get("seed"),
+            "iterations": trainer.global_step or self.iteration(trainer),
+            "train_seconds": round(self.train_seconds, 3),
+        }
+        # Validation of the very weights that are tested, if it was on the same dataset.
+        iteration, dataset = self._loaded or (trainer.global_step, results["dataset"])
+        for row in self.val:
+            if row[0] == iteration and dataset == results["dataset"]:
+                results |= {"val/loss": row[1], "val/acc": row[2]}
+        if "test/loss" in trainer.callback_metrics:
+            results |= dict(zip(("test/loss", "test/acc"), _metrics(trainer, "test"), strict=True))
+        results["versions"] = {}
+        for name in PACKAGES:
+            with contextlib.suppress(PackageNotFoundError):
+                results["versions"][name] = version(name)
+        results["versions"]["python"] = platform.python_version()
+        (folder / "results.json").write_text(json.dumps(results, indent=4) + "\n")
+
+
+def report(trainer: pl.Trainer) -> Report | None:
+    """The Trainer's report, if it has one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Report)), None)
+
+
+def save_figures(figures: dict[str, "Figure"], trainer: pl.Trainer) -> None:
+    """Save figures in the run's `figures/` and to TensorBoard, in the first process."""
+    folder = run_directory(trainer)
+    if folder is None:
+        return
+    (folder / "figures").mkdir(exist_ok=True)
+    found = report(trainer)
+    iteration = found.iteration(trainer) if found else trainer.global_step
+    for name, figure in figures.items():
+        path = folder / "figures" / f"{name}.png"
+        figure.savefig(path, dpi=120)
+        tensorboard.log_picture(trainer, f"figures/{name}", path, max(0, iteration - 1))
+
+
+def _name(trainer: pl.Trainer) -> str:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return str(getattr(data, "dataset_name", type(data).__name__))
+
+
+def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float]:
+    # Six digits: more would show the rounding of the float32 mean.
+    loss, acc = (round(trainer.callback_metrics[f"{split}/{name}"].item(), 6) for name in ("loss", "acc"))
+    return loss, acc

@@ -1,0 +1,38 @@
+"""Where a run writes its files, and how it speaks on the console."""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def run_directory(trainer: pl.Trainer) -> Path | None:
+    """The directory of the run, that of `checkpoints/`.
+
+    None where nothing is logged, as in `fast_dev_run`, and in all processes but the first, which write no files.
+    """
+    if not trainer.loggers or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        return None
+    logger = trainer.loggers[0]
+    if logger.log_dir is not None:
+        return Path(logger.log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    directory = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Print a line, in the first process. Where nobody reads any more, as after `| head`, training goes on without."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """Untrusted text, without control codes that a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)

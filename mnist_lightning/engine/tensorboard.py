@@ -1,0 +1,80 @@
+"""TensorBoard: a run's directory without a race, its settings, its pictures, and curves that go on."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import TensorBoardLogger
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLogger(TensorBoardLogger):
+    """A TensorBoard logger whose `version_N` directories are numbered without a race."""
+
+    _number: int | None = None
+    _is_made = False
+
+    @property
+    def version(self) -> int | str:
+        """Lightning's next free number or, once the directory is made, its own."""
+        return super().version if self._number is None else self._number
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "SummaryWriter":
+        """The writer; the first use makes the run's directory."""
+        # Lightning takes the next free number long before: of runs that start at once, several would take the same.
+        while not self._is_made and isinstance(number := self.version, int):
+            try:
+                Path(self.log_dir).mkdir(parents=True)
+                self._is_made = True
+            except FileExistsError:
+                self._number = number + 1
+        writer: SummaryWriter = super().experiment
+        return writer
+
+    def discard(self) -> None:
+        """Remove the directory, if it was made here: its run has not begun."""
+        if self._is_made:
+            shutil.rmtree(self.log_dir, ignore_errors=True)
+            with contextlib.suppress(OSError):  # there are other runs
+                Path(self.root_dir).rmdir()
+
+
+def rewind(trainer: pl.Trainer) -> None:
+    """Take back what was logged after the checkpoint that is being resumed."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    restart = SessionLog(status=SessionLog.START)
+    for writer in _writers(trainer):
+        writer.file_writer.add_event(Event(step=trainer.global_step, session_log=restart))
+
+
+def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """Tell the HParams tab which settings and metrics to compare."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {name: str(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    for writer in _writers(trainer):
+        for summary in hparams(plain, dict.fromkeys(metrics)):
+            writer.file_writer.add_summary(summary)
+
+
+def log_picture(trainer: pl.Trainer, tag: str, path: Path, step: int) -> None:
+    """Show a PNG file: `add_figure` would lay a figure out and draw it once more."""
+    from PIL import Image
+
+    for writer in _writers(trainer):
+        writer.add_image(tag, np.asarray(Image.open(path)), step, dataformats="HWC")
+
+
+def _writers(trainer: pl.Trainer) -> Iterator[Any]:
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return (logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger))
