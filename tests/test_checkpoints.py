@@ -330,7 +330,7 @@ def test_an_old_checkpoint_from_before_the_first_iteration_is_refused_too(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda c: c["loops"]["fit_loop"].pop("epoch_loop.manual_optimization.optim_step_progress"),
+        lambda c: c["loops"]["fit_loop"].pop("epoch_loop.automatic_optimization.optim_progress"),
         lambda c: c["loops"]["fit_loop"].update({"epoch_loop.manual_optimization.optim_step_progress": 3}),
         lambda c: c["loops"]["fit_loop"]["state_dict"].update(combined_loader=[{"done": 5}]),
         lambda c: c["loops"]["fit_loop"]["state_dict"].update(random_states=[None, torch.zeros(1, 3)]),

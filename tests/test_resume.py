@@ -29,14 +29,6 @@ class AtTheStart(pl.Callback):
             trainer.save_checkpoint(f"{trainer.default_root_dir}/start.ckpt")
 
 
-class BetweenEpochs(pl.Callback):
-    """Saves where the second epoch has begun, but none of its iterations."""
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            trainer.save_checkpoint(f"{trainer.default_root_dir}/second epoch.ckpt")
-
-
 class Draws(pl.Callback):
     """Draws random numbers where someone may: before each epoch and after each validation."""
 
@@ -143,7 +135,6 @@ CASES: dict[str, tuple[Any, Any, Settings, Settings]] = {
     "max_steps": (Foreign, loader, {"max_steps": 18, "max_epochs": -1}, {"log_every_n_steps": 2}),
     "max_steps, fused": (classifier, None, {"max_steps": 29, "max_epochs": -1}, {}),
     "draws": (Foreign, loader, {"more": lambda: [Draws()], "max_epochs": 2}, {}),
-    "between epochs": (Foreign, loader, {"more": lambda: [BetweenEpochs()], "max_epochs": 2}, {}),
     "validates within": (
         Foreign,
         loader,

@@ -31,4 +31,5 @@ class PredictionWriter(pl.Callback):
                 writer.writerow(["image", "digit", "probability"])
                 pairs = zip(digits.tolist(), best.tolist(), strict=True)
                 writer.writerows([image, digit, f"{p:.4f}"] for image, (digit, p) in enumerate(pairs))
+            say(f"Predictions: {folder / 'predictions.csv'}")
         say(f"Predicted {len(best):,} digits")

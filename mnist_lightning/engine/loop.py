@@ -13,6 +13,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFe
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
@@ -235,16 +236,19 @@ class _QuietLog:
         self.module, self.results, self.log = module, results, module.log
         self.known: dict[Any, Any] = {}
         self.unreduced: dict[Any, tuple[Any, Tensor]] = {}
+        self.is_swapped = False
 
     def __enter__(self) -> None:
         self.module._current_fx_name = "training_step"
-        # On the instance it is a compiled one, which would be compiled anew.
-        if "training_step" not in vars(self.module):
+        # A `training_step` on the instance is a compiled one, and would be compiled anew.
+        if not {"training_step", "log"} & vars(self.module).keys() and not is_overridden("log", self.module):
+            self.is_swapped = True
             self.module.log = self  # type: ignore[method-assign]
 
     def __exit__(self, error: object, *_: object) -> None:
         self.module._current_fx_name = None
-        vars(self.module).pop("log", None)
+        if self.is_swapped:
+            del self.module.log
         for metric, value in () if error else self.unreduced.values():
             metric.forward(value, 1)
 

@@ -24,8 +24,7 @@ from .run import printable, say
 # Lightning announces itself, and says what our own lines say.
 SILENT = re.compile(
     r"(GPU|TPU|HPU|IPU) available|💡 Tip|Seed set to|`Trainer\.fit` stopped: `max_|Restor(ing|ed) (all )?states"
-    r"|Loaded model weights|Loading `train_dataloader`|Initializing distributed|-{20}|distributed_backend="
-    r"|^All distributed processes|^$"
+    r"|Loaded model weights|Loading `train_dataloader`|Initializing distributed|distributed_backend=|`Trainer\(limit_"
 )
 
 

@@ -1,11 +1,13 @@
 """Lightning's argument parser, with errors that say in one line which setting is wrong and how."""
 
 import difflib
+import inspect
 import re
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Union, get_args
 
+import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -19,6 +21,13 @@ TRAINER_MINIMA = {
     "accumulate_grad_batches": (1, None),
     "gradient_clip_val": (0, None),
 }
+
+# `typing` may take another module's `Optional[Union[float, int]]` for Lightning's `Optional[Union[int, float]]`, to
+# which it is equal. A limit of 1 would then be read as 1.0: all minibatches in place of one.
+annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
+for name, hint in annotations.items():
+    if {int, float} <= set(get_args(hint)):
+        annotations[name] = Union[(int, *(kind for kind in get_args(hint) if kind is not int))]
 
 
 class UsageError(Exception):

@@ -91,7 +91,10 @@ class Report(pl.Callback):
         epochs, iteration = self._resumes_from
         for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
             if done >= (getattr(trainer, name) or 0) > 0:
-                say(f"This run is done, at iteration {iteration:,}; to train longer, give a larger --trainer.{name}")
+                longer = f"to train longer, give a larger --trainer.{name}"
+                if any(hasattr(config.scheduler, "total_steps") for config in trainer.lr_scheduler_configs):
+                    longer = "so is the schedule of its learning rate, and it cannot be trained longer"
+                say(f"This run is done, at iteration {iteration:,}; {longer}")
                 return
         data = trainer.datamodule  # type: ignore[attr-defined]
         parameters = sum(parameter.numel() for parameter in pl_module.parameters())

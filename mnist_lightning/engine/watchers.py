@@ -54,7 +54,7 @@ def who_watches(trainer: pl.Trainer) -> str | None:
             return f"{type(module).__name__} has the hook {hook}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if interval(callback) == (1, False):
-            return f"{type(callback).__name__} has hooks on batches, and no attribute observe_every"
+            return f"{type(callback).__name__} has hooks that are called for each batch"
     reasons = {
         "manual optimization": not module.automatic_optimization,
         "there are several optimizers": len(trainer.optimizers) != 1,
