@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.engine.checkpoint_io import CheckpointIO
-from mnist_lightning.engine.loop import QuietLoop, Trainer
+from mnist_lightning.engine.loop import Trainer
+from mnist_lightning.engine.step import QuietStep
 from mnist_lightning.engine.tensorboard import RunLogger
 
 Act = Callable[[Trainer], None]
@@ -197,13 +198,13 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start)
 def at_iteration(iteration: int, act: Act) -> Iterator[list[bool]]:
     """Call `act` before an iteration of the runs in this process; yields whether each iteration was a quiet one."""
     quiet: list[bool] = []
-    visit, step = _AutomaticOptimization.run, QuietLoop._step
+    visit, step = _AutomaticOptimization.run, QuietStep.__call__
 
     def visited(self: _AutomaticOptimization, *args: Any) -> Any:
         before(self.trainer, is_quiet=False)
         return visit(self, *args)
 
-    def quietly(self: QuietLoop, *args: Any) -> Tensor | None:
+    def quietly(self: QuietStep, *args: Any) -> Tensor | None:
         before(self.trainer, is_quiet=True)
         return step(self, *args)
 
@@ -214,7 +215,7 @@ def at_iteration(iteration: int, act: Act) -> Iterator[list[bool]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_AutomaticOptimization, "run", visited)
-        patch.setattr(QuietLoop, "_step", quietly)
+        patch.setattr(QuietStep, "__call__", quietly)
         yield quiet
 
 

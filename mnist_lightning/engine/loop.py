@@ -2,24 +2,22 @@
 
 import math
 import time
-from collections import OrderedDict
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
-from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from . import fast, watchers
+from . import watchers
 from .processes import DDP, agree
 from .resume import FitLoop, LoadAsTrained
+from .step import QuietStep
 
 # Iterations between two visits at most, and seconds where somebody goes by the clock.
 AT_MOST, LOOK_EVERY = 1000, 0.1
@@ -28,12 +26,11 @@ AT_MOST, LOOK_EVERY = 1000, 0.1
 class Trainer(pl.Trainer):
     """Lightning's Trainer, sooner: the same weights, metrics, curves and checkpoints, to the bit on a CPU.
 
-    Iterations that nobody observes run quietly, one after the other: forward, backward, the optimizer's and the
-    schedulers' steps. Lightning visits all others, with its hooks and its logging. A callback says how often its batch
-    hooks have to be called by an attribute `observe_every`: a number of iterations, a `timedelta`, or 0 where it only
-    acts when Lightning logs, validates or ends an epoch. One that does not say is called in each iteration. Its
-    `on_iteration_end(trainer)`, which Lightning does not have, is called after a visited iteration is logged, where
-    neither a validation nor the epoch's end follows.
+    Iterations that nobody observes run quietly, one after the other; Lightning visits all others. A callback says how
+    often its batch hooks have to be called by an attribute `observe_every`: a number of iterations, a `timedelta`, or 0
+    where it acts only when Lightning logs, validates or ends an epoch. Where it does not say, in each iteration. Its
+    `on_iteration_end(trainer)`, if any, is called after a visited iteration is logged, where neither a validation nor
+    the end of the epoch follows.
 
     Args:
         fast: Run iterations quietly. With False, and wherever it is not sure that nobody watches, this is Lightning's
@@ -63,23 +60,21 @@ class Trainer(pl.Trainer):
 class QuietLoop(_TrainingEpochLoop):
     """Lightning's loop over an epoch's iterations: it visits those that are observed, and runs the others quietly."""
 
+    _step: QuietStep | None = None
+
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Run an epoch. Its first iteration is visited: what follows is decided by what it left."""
-        self._visited = self._lean = self._may_be_fast = False
-        self._fast: fast.FastStep | None = None
-        self._agrees: bool | None = None  # the fast step's trial, once in an epoch
+        self._visited = False
+        # One for each fit: the fast step's trial holds for the same network and optimizer.
+        if not (self._step and self._step.is_for(self.trainer)):
+            self._step = QuietStep(self.trainer)
         self._pace = 1  # iterations that take about as long as `LOOK_EVERY`
         super().run(data_fetcher)
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """Begin an epoch, or go on within one, also with a loader that cannot say how far it was."""
-        fit = self.trainer.fit_loop
-        if fit.is_resuming:
-            # Lightning's issue 20550: it drops them where `estimated_stepping_batches` asked for the loader before.
-            fit._load_combined_loader_states()
-            fit.random.restore_loader(data_fetcher, self.batch_progress.current.ready)
-        elif self.trainer.current_epoch > 0 and not self.restarting:
-            fit.random.before_epoch = torch.get_rng_state()  # Lightning makes the iterator next
+        begins = self.trainer.current_epoch > 0 and not self.restarting
+        self.trainer.fit_loop.prepare_loader(begins, self.batch_progress.current.ready)
         super().on_run_start(data_fetcher)
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
@@ -107,33 +102,34 @@ class QuietLoop(_TrainingEpochLoop):
         count, clocked = self._unobserved(fetcher)
         if count == 0:
             return False
-        # Made anew after each visit: a callback may have changed the network, the loss or the optimizer.
-        self._fast, self._may_be_fast = None, fast.allowed(trainer) and not self._logs_by_the_epoch()
-        self._lean = watchers.is_lean(trainer)
-        self._takes_index = len(self._build_kwargs(OrderedDict(), None, 0)) > 1
+        by_epoch = any(result.meta.on_epoch and result.meta.fx == "training_step" for result in self._results.values())
+        step, progress, connector = self._step, self.batch_progress, trainer._logger_connector
+        assert step
+        step.prepare(may_be_fast=not by_epoch)
+        lean, schedules, alone = watchers.is_lean(trainer), trainer.lr_scheduler_configs, trainer.world_size == 1
         stops = False
         with _QuietLog(trainer.lightning_module, self._results):
             for _ in range(count):
                 batch, _, _ = next(fetcher)
-                if not (self._lean and watchers.is_on(device, batch)):
+                if not (lean and watchers.is_on(device, batch)):
                     batch = trainer.precision_plugin.convert_input(batch)
                     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
                     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-                self.batch_progress.increment_ready()
-                trainer._logger_connector.on_batch_start(batch)
+                progress.increment_ready()
+                connector.on_batch_start(batch)
                 if batch is not None:  # as Lightning does
-                    self.batch_progress.increment_started()
-                    loss = self._step(batch)
+                    progress.increment_started()
+                    loss = step(batch, self.batch_idx)
                     trainer.quiet_losses += [] if loss is None else [loss]
-                self.batch_progress.increment_processed()
-                if trainer.lr_scheduler_configs:
+                progress.increment_processed()
+                if schedules:
                     self.update_lr_schedulers("step", update_plateau_schedulers=False)
                 if stops := trainer.should_stop or trainer.received_sigterm:
                     break
-                self.batch_progress.increment_completed()
+                progress.increment_completed()
                 self._batches_that_stepped += 1
                 # Several processes have agreed on a number, and all of them keep to it.
-                if trainer.world_size == 1 and (
+                if alone and (
                     trainer.visit
                     or (clocked and time.monotonic() - started > LOOK_EVERY and (self.batch_idx + 2) % clocked == 0)
                 ):
@@ -173,60 +169,6 @@ class QuietLoop(_TrainingEpochLoop):
         clocked = [every for every, by_clock in intervals if every and by_clock]
         clocked += [1] * (trainer._val_check_time_interval is not None)
         return count, math.lcm(*clocked) if clocked else 0
-
-    def _step(self, batch: Any) -> Tensor | None:
-        """Do one optimizer step; return its loss, (), or None where `training_step` has none."""
-        step = self.automatic_optimization.optim_progress.optimizer.step
-        step.increment_ready()
-        loss = None
-        if self._may_be_fast and self._fast is None and self._agrees is not False:
-            self._fast = fast.make(self.trainer, batch)
-            self._may_be_fast = self._fast is not None
-        if self._fast and self._agrees is None:
-            self._agrees, loss = fast.try_out(self._fast, self.trainer, batch, partial(self._ordinary_step, batch))
-            self._fast = self._fast if self._agrees else None
-        elif self._fast is None or (loss := self._fast(batch)) is None:
-            loss = self._ordinary_step(batch)
-        else:
-            self._count_zero_grad()
-        step.increment_completed()
-        return loss
-
-    def _ordinary_step(self, batch: Any) -> Tensor | None:
-        """What Lightning does with a batch in `automatic_optimization.run`, without the hooks that nobody has."""
-        trainer, (optimizer,), module = self.trainer, self.trainer.optimizers, self.trainer.lightning_module
-        arguments = (batch, self.batch_idx) if self._takes_index else (batch,)
-        loss: Tensor | None = None
-
-        def closure() -> Tensor | None:
-            nonlocal loss
-            output = (module if self._lean else trainer.strategy).training_step(*arguments)
-            loss = (
-                output if isinstance(output, Tensor) else ClosureResult.from_training_step_output(output).closure_loss
-            )
-            optimizer.zero_grad()
-            self._count_zero_grad()
-            if loss is not None:
-                loss.backward() if self._lean else trainer.strategy.backward(loss, optimizer)
-                loss = loss.detach()
-            elif trainer.world_size > 1:
-                raise RuntimeError("with several processes, `training_step` must not return None")
-            return loss
-
-        if self._lean:
-            optimizer.step(torch.enable_grad()(closure))
-        else:
-            trainer.strategy.optimizer_step(optimizer, torch.enable_grad()(closure), module)
-        return loss
-
-    def _count_zero_grad(self) -> None:
-        counts = self.automatic_optimization.optim_progress.optimizer.zero_grad
-        counts.increment_ready()
-        counts.increment_started()
-        counts.increment_completed()
-
-    def _logs_by_the_epoch(self) -> bool:
-        return any(result.meta.on_epoch and result.meta.fx == "training_step" for result in self._results.values())
 
 
 class _QuietLog:

@@ -236,3 +236,12 @@ class FitLoop(_FitLoop):
         """Lightning's state, and the random states, which a checkpoint of Lightning's Trainer does not have."""
         super().on_load_checkpoint(state_dict)
         self.random.load_state_dict(state_dict, self.trainer.global_rank)
+
+    def prepare_loader(self, begins: bool, used: int) -> None:
+        """Let the loader of a checkpoint go on after `used` batches of its epoch, or note that a new one begins."""
+        if self.is_resuming:
+            # Lightning's issue 20550: it drops them where `estimated_stepping_batches` asked for the loader before.
+            self._load_combined_loader_states()
+            self.random.restore_loader(self._data_fetcher, used)
+        elif begins:
+            self.random.before_epoch = torch.get_rng_state()  # Lightning makes the iterator next
