@@ -58,29 +58,35 @@ class MNISTDataModule(DeviceDataModule):
         if isinstance(distortions, dict):  # a checkpoint's, by `load_from_checkpoint`
             distortions = Distortions(**distortions)
         self.distortions = Distortions() if distortions is True else distortions or None
-        self.raw: Path | None = None
+        self._is_prepared = False
 
     @property
     def dataset_name(self) -> str:
-        """`MNIST`, or `stand-in digits (not MNIST)`; known once the data is prepared."""
+        """`MNIST`, or `stand-in digits (not MNIST)`; known after `setup`."""
         return files.NAMES[self.hparams["dataset"]]
+
+    @property
+    def raw(self) -> Path:
+        """Directory of the files."""
+        return files.find(self.dataset, self.root)
 
     def prepare_data(self) -> None:
         """Get and verify the files, once, though Lightning asks again for each of `fit` and `test`."""
-        self.raw = self.raw or files.get(self.dataset, self.root)
+        if not self._is_prepared:
+            files.get(self.dataset, self.root)
+        self._is_prepared = True
 
     def setup(self, stage: str) -> None:
         """Read and split the files. Pixels are uint8 and stay on disk until a minibatch takes them."""
-        if self.trainer:
-            # What the first process found: another one might come to another end where it may try the download itself.
-            self.raw = self.trainer.strategy.broadcast(self.raw)
-        assert self.raw, "call prepare_data first"
-        images, labels = files.read(self.raw, "train")
+        # What the first process finds holds for all: on another machine, `auto` may have come to another end.
+        raw = self.trainer.strategy.broadcast(self.raw) if self.trainer else self.raw
+        images, labels = files.read(raw, "train")
         self.train = images[self.val_size :], labels[self.val_size :]
         self.val = images[: self.val_size], labels[: self.val_size]
-        self.test = files.read(self.raw, "t10k")
+        self.test = files.read(raw, "t10k")
+        # Which dataset `auto` meant is part of the run.
         distortions = asdict(self.distortions) if self.distortions else False
-        self.save_hyperparameters({"dataset": files.dataset_in(self.raw), "distortions": distortions})
+        self.save_hyperparameters({"dataset": files.dataset_in(raw), "distortions": distortions})
 
     def train_dataloader(self) -> DeviceLoader:
         """Minibatches of the training split, freshly shuffled in each epoch."""
@@ -94,6 +100,4 @@ class MNISTDataModule(DeviceDataModule):
         """Minibatches of the test split, in file order."""
         return self.loader(*self.test, EVAL_BATCH_SIZE)
 
-    def predict_dataloader(self) -> DeviceLoader:
-        """Minibatches of the test split, in file order."""
-        return self.loader(*self.test, EVAL_BATCH_SIZE)
+    predict_dataloader = test_dataloader

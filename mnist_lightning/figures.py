@@ -26,7 +26,6 @@ class Figures(pl.Callback):
 
     def __init__(self, misclassified: Literal["file_order", "confidence"] = "file_order") -> None:
         self.misclassified = misclassified
-        self._logits: list[Tensor] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw five training digits beside distorted copies, where there are distortions."""
@@ -40,6 +39,10 @@ class Figures(pl.Callback):
         figure = plots.distorted_digits(images, distorted, f"{data.dataset_name}: training digits")
         save_figures({"distortions": figure}, trainer)
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew: a test before may have been interrupted."""
+        self._logits: list[Tensor] = []
+
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Keep the logits, (B, 10), that `test_step` returns."""
         self._logits.append(gather(trainer, outputs))
@@ -47,7 +50,6 @@ class Figures(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what was read right and wrong."""
         logits = torch.cat(self._logits).cpu().float()
-        self._logits = []
         if run_directory(trainer) is None:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ The engine tries it beside the ordinary step and drops it where they differ. Del
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from mnist_lightning.model import MLP
 
@@ -42,8 +43,9 @@ class FusedStep:
     """
 
     def __init__(self, network: MLP, optimizer: torch.optim.Optimizer, batch_size: int) -> None:
-        if type(optimizer) is not torch.optim.AdamW or len(optimizer.param_groups) > 1:
-            raise ValueError("the fused step is AdamW's with one group of parameters")
+        trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        if type(optimizer) is not AdamW or trained != list(map(id, network.parameters())):
+            raise ValueError("the fused step is AdamW's with one group, the network's parameters")
         self.batch_size = batch_size
         (self.group,) = optimizer.param_groups
         self.parameters = [parameter.detach() for parameter in network.parameters()]

@@ -21,7 +21,7 @@ from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.distortions import Distortions
 from mnist_lightning.engine import checkpoint_io
 from mnist_lightning.engine.checkpoint_io import CheckpointError, CheckpointIO
-from mnist_lightning.engine.resume import ExactResumption
+from mnist_lightning.engine.guard import ExactResumption
 
 
 def read(path: Path) -> dict[str, Any]:

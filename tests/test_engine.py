@@ -204,7 +204,7 @@ def test_fast_step_is_refused(module: Any, digits: Callable[..., MNISTDataModule
 def test_fast_step_that_is_wrong_is_dropped(digits: Callable[..., MNISTDataModule], tmp_path: Path) -> None:
     Wrong.tries = 0
     run = compare(tmp_path, lambda: Wrong(8), digits)
-    assert Wrong.tries == run.fused == 2  # a trial in each epoch
+    assert Wrong.tries == run.fused == 1  # a trial in each fit
 
 
 def test_fast_step_where_forward_was_replaced(

@@ -70,14 +70,16 @@ def get(dataset: Literal["auto", "mnist", "synthetic"], root: Path) -> Path:
         raise DataError(f"{cause}; mend that or give another --data.root") from error
 
 
+def find(dataset: Literal["auto", "mnist", "synthetic"], root: Path) -> Path:
+    """The directory of the files that `get` had: MNIST's, or the stand-in's where `auto` found nothing of MNIST."""
+    mnist = root / "MNIST" / "raw"
+    is_there = all((mnist / name).exists() for name in MNIST_MD5)
+    return mnist if dataset == "mnist" or (dataset == "auto" and is_there) else root / "synthetic" / "raw"
+
+
 def dataset_in(raw: Path) -> str:
     """Which dataset a directory holds: `mnist`, `synthetic`, or another one of torchvision's in the same format."""
     return raw.parent.name.lower()
-
-
-def count(raw: Path, file: Literal["train", "t10k"]) -> int:
-    """Count the images of the training or the test file."""
-    return len(_values(raw / f"{file}-labels-idx1-ubyte"))
 
 
 def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:

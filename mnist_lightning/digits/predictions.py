@@ -14,7 +14,8 @@ from mnist_lightning.engine.run import run_directory, say
 class PredictionWriter(pl.Callback):
     """Writes `predictions.csv`: for each image its number, the digit read, and that digit's probability."""
 
-    def __init__(self) -> None:
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew: a prediction before may have been interrupted."""
         self._probabilities: list[Tensor] = []
 
     def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
@@ -24,7 +25,6 @@ class PredictionWriter(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
         best, digits = torch.cat(self._probabilities).cpu().float().max(dim=1)
-        self._probabilities = []
         if folder := run_directory(trainer):
             with (folder / "predictions.csv").open("w", newline="") as file:
                 writer = csv.writer(file)

@@ -42,7 +42,7 @@ class BestAndLast(Checkpoint):
     Best is the highest value of `monitor`, the earliest of equals. Last is saved before the first iteration, after each
     epoch, where something ends training within one, and when SIGTERM or Ctrl-C (SIGINT) comes: those end training once
     the running iteration is done and all is saved. A second signal stops at once. As a `Checkpoint`, this callback is
-    called after all others, and saves what they have done.
+    called after all others, and saves what they have done. It needs the engine's Trainer.
 
     Args:
         every_n_iterations: Save `last.ckpt` after each multiple of so many iterations too. 0 does not.
@@ -97,7 +97,7 @@ class BestAndLast(Checkpoint):
             self._handlers = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_iteration_end(self, trainer: pl.Trainer) -> None:
-        """Save, if it is due. In `on_train_batch_end` would be lost what Lightning logs after it."""
+        """Save, if it is due. `on_train_batch_end` would be too early: Lightning logs after it."""
         self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,11 +185,15 @@ class FiniteLosses(pl.Callback):
 
     observe_every = 100
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        losses = [*getattr(trainer, "quiet_losses", [])]
-        losses += [outputs["loss"]] if outputs else []
+    def on_train_batch_end(self, trainer: pl.Trainer, _: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._check(trainer, [outputs["loss"]] if outputs else [])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_last_batch:  # a quiet iteration has ended training
+            self._check(trainer, [])
+
+    def _check(self, trainer: pl.Trainer, visited: list[torch.Tensor]) -> None:
+        losses = [*getattr(trainer, "quiet_losses", []), *visited]
         if not losses:
             return
         of_all = trainer.strategy.reduce(torch.stack(losses))

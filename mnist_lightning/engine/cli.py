@@ -18,10 +18,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from . import processes
 from .checkpoint_io import CheckpointError, CheckpointIO, find, read, write_whole
 from .checkpoints import BestAndLast, FiniteLosses
+from .guard import ExactResumption, refuse_manual_optimization
 from .loop import Trainer
-from .parser import Parser, UsageError, check_values, shorter
+from .parser import Parser, UsageError, check_values, keep_limits_whole, shorter
 from .report import Report
-from .resume import ExactResumption, refuse_manual_optimization
 from .run import run_directory, say
 from .tensorboard import RunLogger
 
@@ -61,6 +61,7 @@ class CLI(LightningCLI):
         parser_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.callbacks, self.network_class = callbacks, model_class
+        keep_limits_whole()
         super().__init__(
             model_class,
             datamodule_class,
@@ -150,7 +151,7 @@ class CLI(LightningCLI):
                 raise UsageError(f"model.{name} is {settings[name]}, but the checkpoint was trained with {value}")
         self.config = parser.parse_object({command: {"model": hparams}}, self.config)
         if fits and self.config[command].data.get("dataset") == "auto":
-            found = {"dataset": checkpoint["datamodule_hyper_parameters"]["dataset"]}
+            found = {"dataset": checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")}
             with contextlib.suppress(UsageError):  # a data module of the user's may have but one
                 self.config = parser.parse_object({command: {"data": found}}, self.config)
         # Kept from LightningCLI, which would let the checkpoint's settings win over all others without a word.
@@ -161,7 +162,7 @@ class CLI(LightningCLI):
         self.config[self.subcommand].ckpt_path = self._checkpoint
 
     def instantiate_classes(self) -> None:
-        """Settings out of range are the user's errors."""
+        """Report a setting that is out of range as a usage error."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -230,24 +231,21 @@ class CLI(LightningCLI):
             # The hyperparameters and the graph are logged already.
             self.trainer.enable_autolog_hparams = False
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
-        self._say_where()
 
     def validate(self, **kwargs: Any) -> None:
         """Measure the validation split."""
         self.trainer.validate(**kwargs, verbose=False)
-        self._say_where()
 
     def test(self, **kwargs: Any) -> None:
         """Measure the test split and draw the figures."""
         self.trainer.test(**kwargs, verbose=False)
-        self._say_where()
 
     def predict(self, **kwargs: Any) -> None:
-        """Read the test split's digits."""
+        """Predict the test split."""
         self.trainer.predict(**kwargs, return_predictions=False)
-        self._say_where()
 
-    def _say_where(self) -> None:
+    def after_fit(self) -> None:
+        """Say where the run is."""
         directory = run_directory(self.trainer)
         if directory is None:
             return
@@ -256,3 +254,5 @@ class CLI(LightningCLI):
         say(f"Run: {directory}")
         if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
             say(f"Look at it: tensorboard --logdir {directory.parent}")
+
+    after_validate = after_test = after_predict = after_fit

@@ -54,7 +54,7 @@ class DeviceLoader:
             example. An empty part is handed out empty, but while shuffling as one example of weight 0.
 
     Attributes:
-        weight: What the part handed out last counts in the mean over the processes: its length divided by the mean
+        part_weight: What the part handed out last counts in the mean over the processes: its length divided by the mean
             length of all parts.
 
     Raises:
@@ -82,7 +82,7 @@ class DeviceLoader:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.weight = 1.0
+        self.part_weight = 1.0
         self._done = 0  # minibatches of the epoch
         self._resume_at = {"epoch": 0, "done": 0}
         if shuffle_seed is not None:
@@ -134,7 +134,7 @@ class DeviceLoader:
         if self.world_size == 1:
             return minibatch
         part = minibatch.tensor_split(self.world_size)[self.rank]
-        self.weight = len(part) * self.world_size / len(minibatch)
+        self.part_weight = len(part) * self.world_size / len(minibatch)
         # A mean over no example would not be a number, and no weight would make it one.
         return part if len(part) or self.shuffle_seed is None else minibatch[:1]
 

@@ -1,6 +1,5 @@
 """Lightning's training loop, which visits only the iterations that somebody observes, and the `Trainer` that has it."""
 
-import math
 import time
 from typing import Any
 
@@ -10,7 +9,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
@@ -88,7 +86,7 @@ class QuietLoop(_TrainingEpochLoop):
         super().advance(data_fetcher)
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
-        """Validate where it is due; elsewhere the iteration is over, its curves logged, and callbacks may save it."""
+        """Validate if it is due. Otherwise call the callbacks' `on_iteration_end`."""
         validates = self._should_check_val_fx(data_fetcher)
         super().on_advance_end(data_fetcher)
         if not validates and not self.batch_progress.is_last_batch:
@@ -97,7 +95,7 @@ class QuietLoop(_TrainingEpochLoop):
                     over(self.trainer)
 
     def _run_quietly(self, fetcher: _DataFetcher) -> bool:
-        """Run iterations up to the next observed one; say whether one asked to stop, whose end is left to Lightning."""
+        """Run iterations up to the next observed one; return True if one of them asked to stop."""
         trainer, device, started = self.trainer, self.trainer.strategy.root_device, time.monotonic()
         count, clocked = self._unobserved(fetcher)
         if count == 0:
@@ -129,33 +127,40 @@ class QuietLoop(_TrainingEpochLoop):
                 progress.increment_completed()
                 self._batches_that_stepped += 1
                 # Several processes have agreed on a number, and all of them keep to it.
-                if alone and (
-                    trainer.visit
-                    or (clocked and time.monotonic() - started > LOOK_EVERY and (self.batch_idx + 2) % clocked == 0)
-                ):
+                if alone and (trainer.visit or (clocked and self._is_time(started, clocked))):
                     break
         if stops:
             trainer._logger_connector.on_batch_end()
             self.batch_progress.increment_completed()
             trainer._logger_connector.update_train_step_metrics()
-        self._pace = max(1, min(AT_MOST, int(count * LOOK_EVERY / (time.monotonic() - started))))
+        self._pace = max(1, min(AT_MOST, int(count * LOOK_EVERY / max(time.monotonic() - started, 1e-9))))
         return stops
 
-    def _unobserved(self, fetcher: _DataFetcher) -> tuple[int, int]:
-        """Iterations before the next observed one; by the clock, a multiple of the second number is visited earlier."""
+    def _is_time(self, started: float, clocked: list[int]) -> bool:
+        return time.monotonic() - started > LOOK_EVERY and any((self.batch_idx + 2) % every == 0 for every in clocked)
+
+    def _unobserved(self, fetcher: _DataFetcher) -> tuple[int, list[int]]:
+        """Iterations before the next observed one; and of which multiples one is observed earlier, by the clock."""
         trainer, done, step = self.trainer, self.batch_progress.current.ready, self.global_step
         if not trainer.fast or trainer.fast_dev_run:
-            return 0, 0
+            return 0, []
         why = watchers.who_watches(trainer)
         if isinstance(fetcher, _DataLoaderIterDataFetcher):
             why = "training_step takes dataloader_iter"
         if why:
             self._warning_cache.info(f"Lightning visits every iteration: {why}")
-        if why or self.automatic_optimization._skip_backward:
-            return 0, 0
-        intervals = [_interval(callback) for callback in trainer.callbacks]
-        due = [AT_MOST, trainer.num_training_batches - done]
-        due += [every - step % every for every, by_clock in intervals if every and not by_clock]
+        due, clocked = (
+            [AT_MOST, trainer.num_training_batches - done],
+            [1] * (trainer._val_check_time_interval is not None),
+        )
+        for callback in trainer.callbacks:
+            every, by_clock = watchers.interval(callback)
+            if not every and isinstance(callback, ModelCheckpoint):
+                by_clock = callback._train_time_interval is not None
+                every = 1 if by_clock else callback._every_n_train_steps
+            if every:
+                clocked += [every] * by_clock
+                due += [every - step % every] * (not by_clock)
         if self.max_steps >= 0:
             due.append(self.max_steps - step)
         if trainer.log_every_n_steps:
@@ -163,12 +168,11 @@ class QuietLoop(_TrainingEpochLoop):
         if trainer.val_check_batch is not None and self._should_check_val_epoch():
             before = self.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
             due.append(trainer.val_check_batch - before % trainer.val_check_batch)
-        count = 0 if trainer.visit or trainer.should_stop else int(min(due)) - 1
-        if trainer.world_size > 1:
+        watched = why or self.automatic_optimization._skip_backward or trainer.visit or trainer.should_stop
+        count = 0 if watched else int(min(due)) - 1
+        if isinstance(trainer.strategy, DDP):  # also where this process is watched: another one may not be
             count = agree(trainer.strategy, min(count, self._pace))
-        clocked = [every for every, by_clock in intervals if every and by_clock]
-        clocked += [1] * (trainer._val_check_time_interval is not None)
-        return count, math.lcm(*clocked) if clocked else 0
+        return count, clocked
 
 
 class _QuietLog:
@@ -183,7 +187,9 @@ class _QuietLog:
     def __enter__(self) -> None:
         self.module._current_fx_name = "training_step"
         # A `training_step` on the instance is a compiled one, and would be compiled anew.
-        if not {"training_step", "log"} & vars(self.module).keys() and not is_overridden("log", self.module):
+        if "training_step" not in vars(self.module) and not watchers.is_overridden(
+            "log", self.module, pl.LightningModule
+        ):
             self.is_swapped = True
             self.module.log = self  # type: ignore[method-assign]
 
@@ -206,16 +212,9 @@ class _QuietLog:
             metric.value = metric._forward_cache = value.detach().clone()
             metric.has_reset = False
             if metric.meta.sync.should:
-                self.unreduced[name] = metric, metric.value
+                part_weight = getattr(self.module.trainer.strategy, "part_weight", 1.0)
+                self.unreduced[name] = metric, metric.value * part_weight
         else:
             size = self.results._extract_batch_size(metric, kwargs.get("batch_size"), metric.meta)
             metric.forward(value.detach() if metric.is_tensor else value, size)
             metric.has_reset = False
-
-
-def _interval(callback: pl.Callback) -> tuple[int, bool]:
-    every, by_clock = watchers.interval(callback)
-    if every or not isinstance(callback, ModelCheckpoint):
-        return every, by_clock
-    by_clock = callback._train_time_interval is not None
-    return int(by_clock) or callback._every_n_train_steps, by_clock

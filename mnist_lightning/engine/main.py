@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -49,7 +50,8 @@ def _run(cli: Callable[[], CLI], commands: Mapping[str, Callable[[list[str]], No
     processes.end_with_launcher()
     if not _debugs():
         # TensorBoard's: on a full disk its writer fails in a thread, and then again where it is called.
-        threading.excepthook = lambda arguments: None
+        default = threading.excepthook
+        threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else default(error)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         name = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -62,8 +64,10 @@ def _run(cli: Callable[[], CLI], commands: Mapping[str, Callable[[list[str]], No
     except Stopped as stopped:
         run = stopped.run
         config = ["--config", str(run / "config.yaml")] if run and (run / "config.yaml").exists() else []
-        script = [sys.argv[0]] if sys.argv[0].endswith(".py") and PROGRAM not in sys.argv[0] else ["-m", PROGRAM]
-        resume = ["python", *script, "fit", *config, "--ckpt_path", str(stopped.checkpoint)]
+        script = Path(sys.argv[0])
+        own = script.suffix == ".py" and script.name != "__main__.py"
+        program = [str(script)] if own else ["-m", PROGRAM]
+        resume = ["python", *program, "fit", *config, "--ckpt_path", str(stopped.checkpoint)]
         say(f"Stopped and saved at iteration {stopped.iteration:,}; to go on:\n{shlex.join(resume)}")
         # The first process answers for all; Lightning would kill it, should it see that another one has failed.
         return 128 + stopped.signum if processes.rank() == 0 else 0

@@ -22,13 +22,6 @@ TRAINER_MINIMA = {
     "gradient_clip_val": (0, None),
 }
 
-# `typing` may take another module's `Optional[Union[float, int]]` for Lightning's `Optional[Union[int, float]]`, to
-# which it is equal. A limit of 1 would then be read as 1.0: all minibatches in place of one.
-annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
-for name, hint in annotations.items():
-    if {int, float} <= set(get_args(hint)):
-        annotations[name] = Union[(int, *(kind for kind in get_args(hint) if kind is not int))]
-
 
 class UsageError(Exception):
     """The command or the config is wrong; the message names the setting and what to do."""
@@ -63,7 +56,7 @@ class Parser(LightningArgumentParser):
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
-    """The end of an error about a name that there is none of: the nearest of `names`, or `otherwise`."""
+    """The end of an error about an unknown name: the nearest of `names`, or `otherwise`."""
     nearest = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else otherwise
 
@@ -108,3 +101,15 @@ def check_values(config: Any) -> None:
             raise UsageError(f"trainer.{name} must be at least {least}{choice}, not {value}")
     if trainer.val_check_interval == 0:
         raise UsageError("trainer.val_check_interval must be above 0; trainer.limit_val_batches 0 does not validate")
+
+
+def keep_limits_whole() -> None:
+    """Let Lightning's parser read `limit_val_batches: 1` as one minibatch, not as 1.0, all of them.
+
+    `typing` may take another module's `Optional[Union[float, int]]` for Lightning's `Optional[Union[int, float]]`, to
+    which it is equal; which of them depends on the order of imports.
+    """
+    annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
+    for name, hint in annotations.items():
+        if {int, float} <= set(get_args(hint)):
+            annotations[name] = Union[(int, *(kind for kind in get_args(hint) if kind is not int))]

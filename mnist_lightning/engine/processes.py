@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from .data import DeviceLoader
+
 # A process that did not answer for so long is taken for dead, so that a run ends within a minute. PyTorch's half hour
 # is kept for the start, where one machine may still be importing while another one waits.
 TIMEOUT = timedelta(seconds=50)
@@ -31,8 +33,8 @@ LAUNCHER = f"{PROGRAM.upper()}_LAUNCHER"
 class DDP(DDPStrategy):
     """Lightning's DDP, where processes with unequal parts of a minibatch count each example once.
 
-    Lightning takes the mean of the processes' gradients. Here each process's loss, and what it logs with `sync_dist` in
-    a training step, first gets the weight of its part: see `DeviceLoader.weight`. A loader without it has equal parts.
+    Lightning takes the mean of the processes' gradients. Here the loss of each process, and what it logs with
+    `sync_dist` in a training step, is first multiplied by its `part_weight`.
     """
 
     has_timeout = False
@@ -40,8 +42,15 @@ class DDP(DDPStrategy):
 
     _in_training_step = False
 
+    @property
+    def part_weight(self) -> float:
+        """Length of this process's part of the minibatch divided by the mean length; 1 for any loader but ours."""
+        assert self.lightning_module
+        loader = self.lightning_module.trainer.train_dataloader
+        return loader.part_weight if isinstance(loader, DeviceLoader) else 1.0
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's; what is logged within has its weight."""
+        """Lightning's training step; `reduce` is told of it."""
         self._in_training_step = True
         try:
             return super().training_step(*args, **kwargs)
@@ -49,21 +58,15 @@ class DDP(DDPStrategy):
             self._in_training_step = False
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning's, of the loss with its weight."""
-        weight = self._weight_of_part
+        """Lightning's backward pass, with the loss multiplied by the weight of this process's part."""
+        weight = self.part_weight
         return super().backward(closure_loss if weight == 1 else closure_loss * weight, *args, **kwargs)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Lightning's; in a training step, the mean is that over all examples."""
-        if self._in_training_step and reduce_op == "mean" and (weight := self._weight_of_part) != 1:
-            tensor = tensor * weight
+        """Lightning's reduction; in a training step, a mean is that over all examples."""
+        if self._in_training_step and reduce_op == "mean" and self.part_weight != 1:
+            tensor = tensor * self.part_weight
         return super().reduce(tensor, group, reduce_op)
-
-    @property
-    def _weight_of_part(self) -> float:
-        assert self.lightning_module
-        weight: float = getattr(self.lightning_module.trainer.train_dataloader, "weight", 1.0)
-        return weight
 
 
 def rank() -> int:

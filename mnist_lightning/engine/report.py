@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from . import tensorboard
 from .checkpoint_io import progress
+from .data import DeviceDataModule
 from .processes import PROGRAM
 from .run import printable, run_directory, say
 
@@ -96,13 +97,11 @@ class Report(pl.Callback):
                     longer = "so is the schedule of its learning rate, and it cannot be trained longer"
                 say(f"This run is done, at iteration {iteration:,}; {longer}")
                 return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-        sizes = f"{len(data.train[1]):,} images, {len(data.val[1]):,} for validation"
-        say(
-            f"Training on {self._dataset}: {sizes}; {parameters:,} parameters on {pl_module.device}, "
-            f"seed {data.hparams.get('seed')}"
+        parameters = (
+            f"{sum(parameter.numel() for parameter in pl_module.parameters()):,} parameters on {pl_module.device}"
         )
+        seed = trainer.datamodule.hparams.get("seed")  # type: ignore[attr-defined]
+        say(f"Training on {self._dataset}{_sizes(trainer)}; {parameters}, seed {seed}")
         if trainer.ckpt_path:
             say(f"Resuming {trainer.ckpt_path} after iteration {iteration:,}")
 
@@ -123,9 +122,9 @@ class Report(pl.Callback):
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
-        if not is_due or not {"train/loss", "train/acc"} <= trainer.callback_metrics.keys():
+        if not is_due or (metrics := _metrics(trainer, "train")) is None:
             return
-        loss, acc = _metrics(trainer, "train")
+        loss, acc = metrics
         self.train.append([iteration, loss, acc])
         say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
         (then, before), now = self._since, time.perf_counter()
@@ -139,9 +138,9 @@ class Report(pl.Callback):
         )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+        if trainer.sanity_checking or (measured := _metrics(trainer, "val")) is None:
             return
-        loss, acc = _metrics(trainer, "val")
+        loss, acc = measured
         self.val.append([self.iteration(trainer), loss, acc])
         self._since = time.perf_counter(), trainer.global_step
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -161,8 +160,8 @@ class Report(pl.Callback):
         pl_module.log("step", float(max(0, self.iteration(trainer) - 1)), sync_dist=True)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loss, acc = _metrics(trainer, "test")
-        say(f"Test loss: {loss:.2f}, test accuracy: {acc:.1%}")
+        if measured := _metrics(trainer, "test"):
+            say(f"Test loss: {measured[0]:.2f}, test accuracy: {measured[1]:.1%}")
         self._write_results(trainer)
 
     def _write_results(self, trainer: pl.Trainer) -> None:
@@ -181,8 +180,8 @@ class Report(pl.Callback):
         for row in self.val:
             if row[0] == iteration and dataset == results["dataset"]:
                 results |= {"val/loss": row[1], "val/acc": row[2]}
-        if "test/loss" in trainer.callback_metrics:
-            results |= dict(zip(("test/loss", "test/acc"), _metrics(trainer, "test"), strict=True))
+        if measured := _metrics(trainer, "test"):
+            results |= dict(zip(("test/loss", "test/acc"), measured, strict=True))
         results["versions"] = {}
         for name in PACKAGES:
             with contextlib.suppress(PackageNotFoundError):
@@ -216,7 +215,18 @@ def _name(trainer: pl.Trainer) -> str:
     return str(getattr(data, "dataset_name", type(data).__name__))
 
 
-def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float]:
+def _sizes(trainer: pl.Trainer) -> str:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, DeviceDataModule):
+        return ""
+    train, val = (len(loader.targets) for loader in (data.train_dataloader(), data.val_dataloader()))
+    return f": {train:,} images, {val:,} for validation"
+
+
+def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float] | None:
+    names = (f"{split}/loss", f"{split}/acc")
+    if not set(names) <= trainer.callback_metrics.keys():
+        return None
     # Six digits: more would show the rounding of the float32 mean.
-    loss, acc = (round(trainer.callback_metrics[f"{split}/{name}"].item(), 6) for name in ("loss", "acc"))
+    loss, acc = (round(trainer.callback_metrics[name].item(), 6) for name in names)
     return loss, acc

@@ -1,19 +1,14 @@
-"""What a run needs to go on exactly: random states, and that it is the only one in its directory."""
+"""Random states in checkpoints, with which a run goes on exactly, and the loop over epochs that keeps them."""
 
-import os
-import sys
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from .processes import gather
-from .run import run_directory
 
 
 class Random:
@@ -45,6 +40,10 @@ class Random:
         if states and rank < len(states[-1]):
             # Copies, since PyTorch crashes on a tensor that does not begin where its storage does.
             self._to_load = [None if state is None else state[rank].clone() for state in states]
+
+    def forget(self) -> None:
+        """Forget what was loaded."""
+        self._to_load = None
 
     def restore_early(self, batches: Any) -> None:
         """Before the epoch's first hook: restore the state, if the checkpoint is from before the epoch's first batch.
@@ -94,112 +93,6 @@ class LoadAsTrained(pl.Callback):
                 pl_module.example_input_array = trainer.precision_plugin.convert_input(pl_module.example_input_array)
 
 
-class ExactResumption(pl.Callback):
-    """Holds the lock on a run's directory, and refuses to resume what would not go on exactly.
-
-    Raises:
-        MisconfigurationException: Another process trains in the directory; or the checkpoint is from a run by manual
-            optimization, or has another number of iterations in an epoch or in the schedule of the learning rate.
-    """
-
-    def __init__(self) -> None:
-        self._lock: int | None = None
-        self._checkpoint: dict[str, Any] = {}
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["iterations_per_epoch"] = trainer.num_training_batches
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING else {}
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_lock(trainer)
-        limit, batches = trainer.limit_test_batches, len(trainer.datamodule.test_dataloader())  # type: ignore[attr-defined]
-        if isinstance(limit, float) and 0 < limit * batches < 1:
-            raise MisconfigurationException(
-                f"limit_test_batches {limit} of {batches} minibatches is none; give 0 for none"
-            )
-        if self._checkpoint:
-            refuse_manual_optimization(self._checkpoint)
-            _restore_schedules(trainer, self._checkpoint)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        then, now = self._checkpoint.get("iterations_per_epoch"), trainer.num_training_batches
-        self._checkpoint = {}
-        if then not in (None, now):
-            raise MisconfigurationException(
-                f"an epoch has {now} iterations, but the checkpoint was trained with {then}; give the same "
-                "trainer.limit_train_batches to resume it"
-            )
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release_lock()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release_lock()
-
-    def _take_lock(self, trainer: pl.Trainer) -> None:
-        run = run_directory(trainer)
-        if run is None or sys.platform == "win32":
-            return
-        import fcntl  # Windows has none
-
-        self._lock = os.open(run, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MisconfigurationException(f"another process is training in {run}") from error
-        except OSError:
-            pass  # a file system without locks
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-
-def refuse_manual_optimization(checkpoint: dict[str, Any]) -> None:
-    """Refuse a checkpoint of this program's older versions, which took several steps in one `training_step`.
-
-    Raises:
-        MisconfigurationException: It is such a one. Its weights can be loaded all the same.
-    """
-    # Only they saved `rng_states`, and before the first iteration, too.
-    manual = checkpoint["loops"]["fit_loop"].get("epoch_loop.manual_optimization.optim_step_progress")
-    if "rng_states" in checkpoint or (manual and manual["total"]["completed"]):
-        raise MisconfigurationException(
-            "the checkpoint is of an older version of this program, whose runs cannot be resumed; its weights still "
-            "load for all other commands"
-        )
-
-
-def _restore_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Let each schedule of a given length go on by the iteration alone.
-
-    That says all there is to know, and PyTorch would take over whatever attributes an untrusted checkpoint names.
-
-    Raises:
-        MisconfigurationException: The checkpoint's schedule has another length.
-    """
-    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-    saved = checkpoint.get("lr_schedulers", [])
-    lengths, trained_with = ([state.get("total_steps") for state in states] for states in (schedules, saved))
-    if lengths != trained_with:
-        ours, theirs = (", ".join(f"{n} iterations" for n in total) or "none" for total in (lengths, trained_with))
-        raise MisconfigurationException(
-            f"the schedule of the learning rate is for {ours}, that of the checkpoint for {theirs}; give the same "
-            "learning_rate_schedule, max_epochs and max_steps to resume it"
-        )
-    done = checkpoint["global_step"]
-    for index, state in enumerate(schedules):
-        if "total_steps" in state:
-            saved[index] = state | {"last_epoch": done, "_step_count": done + 1}
-
-
 class FitLoop(_FitLoop):
     """Lightning's loop over epochs, whose checkpoints also keep the random states that an exact resumption needs."""
 
@@ -227,6 +120,11 @@ class FitLoop(_FitLoop):
         """Forget the iterator of the epoch that is over."""
         self.random.before_epoch = self.random.before_batch = None
         super().on_advance_end()
+
+    def teardown(self) -> None:
+        """Forget a checkpoint's states that no epoch has taken: they are not for the next fit."""
+        self.random.forget()
+        super().teardown()
 
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Lightning's state, and the random states."""

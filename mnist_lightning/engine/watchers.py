@@ -10,7 +10,6 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from .processes import DDP
@@ -24,10 +23,16 @@ HOOKS = (
     "on_before_optimizer_step",
 )
 MODULE_HOOKS = (*HOOKS, "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step")
+STEP_HOOKS = ("backward", "configure_gradient_clipping")
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 # Callbacks of Lightning's whose batch hooks act only where it logs, by the clock, or every so many iterations.
 KNOWN = (callbacks.DeviceStatsMonitor, callbacks.LearningRateMonitor, callbacks.ModelCheckpoint, callbacks.Timer)
+
+
+def is_overridden(name: str, instance: object, base: type) -> bool:
+    """Whether a method is another one than the base's: in a class between them, or set on the instance."""
+    return name in vars(instance) or getattr(type(instance), name) is not getattr(base, name)
 
 
 def interval(callback: pl.Callback) -> tuple[int, bool]:
@@ -50,7 +55,7 @@ def who_watches(trainer: pl.Trainer) -> str | None:
     """What needs Lightning's hooks in every iteration, if anything does."""
     module = trainer.lightning_module
     for hook in MODULE_HOOKS:
-        if is_overridden(hook, module):
+        if is_overridden(hook, module, pl.LightningModule):
             return f"{type(module).__name__} has the hook {hook}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if interval(callback) == (1, False):
@@ -60,7 +65,7 @@ def who_watches(trainer: pl.Trainer) -> str | None:
         "there are several optimizers": len(trainer.optimizers) != 1,
         "gradients are accumulated": trainer.accumulate_grad_batches > 1,
         "there is a profiler": not isinstance(trainer.profiler, PassThroughProfiler),  # type: ignore[attr-defined]
-        "anomalies are looked for": torch.is_anomaly_enabled(),
+        "anomaly detection is on": torch.is_anomaly_enabled(),
         f"the strategy is {type(trainer.strategy).__name__}": type(trainer.strategy) not in (SingleDeviceStrategy, DDP),
         "the training data have no length": math.isinf(trainer.num_training_batches),
         "ReduceLROnPlateau steps in each iteration": any(
@@ -71,16 +76,14 @@ def who_watches(trainer: pl.Trainer) -> str | None:
 
 
 def is_lean(trainer: pl.Trainer) -> bool:
-    """Whether a batch and a step need nothing of the strategy and of the hooks on transfer, backward and clipping."""
+    """Whether a step can skip the strategy, and the hooks for the transfer, the backward pass and clipping."""
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     return (
         type(trainer.precision_plugin) is Precision
         and trainer.world_size == 1
         and not trainer.gradient_clip_val
-        and not any(
-            is_overridden(hook, module) for hook in (*TRANSFER_HOOKS, "backward", "configure_gradient_clipping")
-        )
-        and not (data and any(is_overridden(hook, data) for hook in TRANSFER_HOOKS))
+        and not any(is_overridden(hook, module, pl.LightningModule) for hook in (*TRANSFER_HOOKS, *STEP_HOOKS))
+        and not (data and any(is_overridden(hook, data, pl.LightningDataModule) for hook in TRANSFER_HOOKS))
     )
 
 

@@ -1,0 +1,145 @@
+"""What is refused before a run goes wrong: two processes in one directory, and what could not be resumed exactly."""
+
+import os
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+
+from .checkpoint_io import CheckpointError
+from .run import run_directory
+
+# What PyTorch's fused optimizers write to, without a look at its size.
+KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+
+
+class ExactResumption(pl.Callback):
+    """Holds the lock on a run's directory, and refuses to resume what would not go on exactly.
+
+    Raises:
+        MisconfigurationException: Another process trains in the directory; or the checkpoint is from a run by manual
+            optimization, or has another number of iterations in an epoch or in the schedule of the learning rate.
+    """
+
+    def __init__(self) -> None:
+        self._lock: int | None = None
+        self._checkpoint: dict[str, Any] = {}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["iterations_per_epoch"] = trainer.num_training_batches
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING else {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take_lock(trainer)
+        # Lightning would refuse it too, but only after the training.
+        limit, data = trainer.limit_test_batches, trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(limit, float) and 0 < limit < 1 and int(limit * len(data.test_dataloader())) == 0:
+            raise MisconfigurationException(f"limit_test_batches {limit} is less than one minibatch; give 0 for none")
+        if self._checkpoint:
+            refuse_manual_optimization(self._checkpoint)
+            _restore_schedules(trainer, self._checkpoint)
+            _check_optimizers(trainer, self._checkpoint)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        then, now = self._checkpoint.get("iterations_per_epoch"), trainer.num_training_batches
+        self._checkpoint = {}
+        if then not in (None, now):
+            raise MisconfigurationException(
+                f"an epoch has {now} iterations, but the checkpoint was trained with {then}; give the same "
+                "trainer.limit_train_batches to resume it"
+            )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release_lock()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release_lock()
+
+    def _take_lock(self, trainer: pl.Trainer) -> None:
+        run = run_directory(trainer)
+        if run is None or sys.platform == "win32":
+            return
+        import fcntl  # Windows has none
+
+        self._lock = os.open(run, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MisconfigurationException(f"another process is training in {run}") from error
+        except OSError:
+            pass  # a file system without locks
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def refuse_manual_optimization(checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint of this program's older versions, which took several steps in one `training_step`.
+
+    Raises:
+        MisconfigurationException: It is such a one. Its weights can be loaded all the same.
+    """
+    # Only they saved `rng_states`, and before the first iteration, too.
+    manual = checkpoint["loops"]["fit_loop"].get("epoch_loop.manual_optimization.optim_step_progress")
+    if "rng_states" in checkpoint or (manual and manual["total"]["completed"]):
+        raise MisconfigurationException(
+            "the checkpoint is of an older version of this program, whose runs cannot be resumed; its weights still "
+            "load for all other commands"
+        )
+
+
+def _restore_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let each schedule of a given length go on by the iteration alone.
+
+    That says all there is to know, and PyTorch would take over whatever attributes an untrusted checkpoint names.
+
+    Raises:
+        MisconfigurationException: The checkpoint's schedule has another length.
+    """
+    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    saved = checkpoint.get("lr_schedulers", [])
+    lengths, trained_with = ([state.get("total_steps") for state in states] for states in (schedules, saved))
+    if lengths != trained_with:
+        ours, theirs = (", ".join(f"{n} iterations" for n in total) or "none" for total in (lengths, trained_with))
+        raise MisconfigurationException(
+            f"the schedule of the learning rate is for {ours}, that of the checkpoint for {theirs}; give the same "
+            "learning_rate_schedule, max_epochs and max_steps to resume it"
+        )
+    for index, (config, state) in enumerate(zip(trainer.lr_scheduler_configs, schedules, strict=True)):
+        if "total_steps" in state:
+            each = config.interval == "step" and config.frequency == 1
+            done = checkpoint["global_step"] if each else int(saved[index]["last_epoch"])
+            saved[index] = state | {"last_epoch": done, "_step_count": done + 1}
+
+
+def _check_optimizers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Raise where a tensor does not fit its parameter: PyTorch's fused kernels would write outside of it.
+
+    Raises:
+        CheckpointError: One does not.
+    """
+    try:
+        for optimizer, saved in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            names = [name for group in saved["param_groups"] for name in group["params"]]
+            for name, parameter in zip(names, parameters, strict=True):  # by position, as PyTorch loads them
+                state = saved["state"].get(name, {})
+                for key in KERNELS_WRITE & state.keys():
+                    value, shape = state[key], torch.Size() if key == "step" else parameter.shape
+                    if value.shape != shape or not value.is_floating_point() or not value.is_contiguous():
+                        raise ValueError(
+                            f"expected the optimizer's {key} of shape {tuple(shape)}, found {tuple(value.shape)}"
+                        )
+    except Exception as error:  # whatever plain values may lead to that are in the wrong place
+        raise CheckpointError(f"{trainer.ckpt_path} is not of this program: {type(error).__name__}: {error}") from error
