@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MNISTClassifier", "MNISTDataModule", "Trainer"]
 
-PLACES = {"MNISTClassifier": "classifier", "MNISTDataModule": "datamodule", "Trainer": "engine.loop"}
+MODULES = {"MNISTClassifier": "classifier", "MNISTDataModule": "datamodule", "Trainer": "engine.loop"}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when they are asked for: a command that trains nothing needs no Lightning.
-    if name not in PLACES:
+    # Imported when they are asked for, so that `from mnist_lightning.model import MLP` does not wait for Lightning.
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -24,7 +24,7 @@ class MNISTCLI(CLI):
     """The settings that only this project has."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Shuffle by the one seed, and make settings of the figures."""
+        """Shuffle by `seed_everything`, and add the settings of the figures."""
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_lightning_class_args(Figures, "figures")
         super().add_arguments_to_parser(parser)
@@ -33,7 +33,7 @@ class MNISTCLI(CLI):
 def main(
     model_class: type[MNISTClassifier] = MNISTClassifier, datamodule_class: type[MNISTDataModule] = MNISTDataModule
 ) -> int:
-    """Run a command on these classes; return its exit code. The commands without a Trainer are for our own ones."""
+    """Run the command line with these classes; return its exit code. `data`, `read` and so on are for ours only."""
     commands = COMMANDS if (model_class, datamodule_class) == (MNISTClassifier, MNISTDataModule) else {}
     return engine.main(lambda: MNISTCLI(model_class, datamodule_class, (PredictionWriter,), HELP), commands)
 

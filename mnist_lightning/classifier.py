@@ -89,7 +89,7 @@ class MNISTClassifier(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the means anew: a fit cannot add to those that `trainer.validate` has made in inference mode."""
+        """Reset the means: `trainer.validate` leaves them in inference mode, in which a fit could not update them."""
         self.val_loss.reset()
         self.val_acc.reset()
 
@@ -110,7 +110,7 @@ class MNISTClassifier(pl.LightningModule):
         return probabilities
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, all parameters in one kernel, and the schedule of its rate, a step of it in each iteration."""
+        """AdamW, whose one kernel updates all parameters, and the schedule of its rate, stepped in each iteration."""
         optimizer = AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
         if self.learning_rate_schedule == "constant":
             return optimizer
@@ -127,6 +127,8 @@ class MNISTClassifier(pl.LightningModule):
         return None
 
     def _measure(self, batch: Batch, loss: MeanMetric, accuracy: MeanMetric) -> Tensor:
+        # A MeanMetric counts each image equally, in a smaller last minibatch and over several processes, too; Lightning
+        # computes what is logged at the end of the epoch.
         images, labels = batch
         logits: Tensor = self(images)
         loss.update(F.cross_entropy(logits, labels, reduction="none"))

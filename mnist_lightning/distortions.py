@@ -1,4 +1,4 @@
-"""Distorted digits: new training images out of old ones, a whole chunk of minibatches at once."""
+"""Distorted digits: new training images out of old ones, many minibatches at once."""
 
 import math
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Distortions:
     elastic: float = 20
     smoothness: float = 4
 
-    # Random numbers that an image takes: six for the affine map, two for each pixel. No setting, so without a type.
+    # Random numbers that an image takes: six for the affine map, two for each pixel. With a type it would be a setting.
     draws = 6 + 2 * SIDE**2
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from mnist_lightning.model import MLP
 
 aten = torch.ops.aten
-FORWARD = MLP.forward
+FORWARD = MLP.forward  # somebody may replace it later
 
 
 def can_fuse(network: nn.Module, label_smoothing: float) -> bool:
@@ -79,7 +79,7 @@ class FusedStep:
         torch._log_softmax(self.logits, 1, False, out=self.log_probs)
         loss = F.nll_loss(self.log_probs, labels)
 
-        # 1 is reduction="mean" by its number in C++; no label is ignored.
+        # 1 is reduction="mean", and -100 the label that is ignored.
         aten.nll_loss_backward.grad_input(
             self.one, self.log_probs, labels, None, 1, -100, self.count, grad_input=self.log_probs_grad
         )

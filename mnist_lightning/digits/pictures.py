@@ -1,4 +1,4 @@
-"""Strangers' pictures of one digit each, cleaned as MNIST was made."""
+"""Users' own pictures, each of one digit, cleaned as MNIST was made."""
 
 import math
 import os

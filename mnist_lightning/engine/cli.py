@@ -91,21 +91,12 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add this project's own settings."""
-        parser.add_argument(
-            "--checkpoint_every",
-            type=NonNegativeInt,
-            default=0,
-            help="Save last.ckpt also after every so many iterations; 0 does not",
-        )
-        parser.add_argument(
-            "--test_after_fit", type=bool, default=True, help="Whether `fit` tests at its end and draws the figures"
-        )
-        parser.add_argument(
-            "--test_weights",
-            type=Literal["best", "last"],
-            default="best",
-            help="Weights that `fit` tests: those of the best validation accuracy, or the last",
-        )
+        every = "Save last.ckpt also after every so many iterations; 0 does not"
+        parser.add_argument("--checkpoint_every", type=NonNegativeInt, default=0, help=every)
+        test = "Whether `fit` tests at its end and draws the figures"
+        parser.add_argument("--test_after_fit", type=bool, default=True, help=test)
+        weights = "Weights that `fit` tests: those of the best validation accuracy, or the last"
+        parser.add_argument("--test_weights", type=Literal["best", "last"], default="best", help=weights)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Resolve `best` and `last`, add the settings of the run that is resumed, and check what Lightning does not."""

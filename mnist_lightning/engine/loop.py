@@ -1,6 +1,7 @@
 """Lightning's training loop, which visits only the iterations that somebody observes, and the `Trainer` that has it."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -63,9 +64,6 @@ class QuietLoop(_TrainingEpochLoop):
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Run an epoch. Its first iteration is visited: what follows is decided by what it left."""
         self._visited = False
-        # One for each fit: the fast step's trial holds for the same network and optimizer.
-        if not (self._step and self._step.is_for(self.trainer)):
-            self._step = QuietStep(self.trainer)
         self._pace = 1  # iterations that take about as long as `LOOK_EVERY`
         super().run(data_fetcher)
 
@@ -96,18 +94,19 @@ class QuietLoop(_TrainingEpochLoop):
 
     def _run_quietly(self, fetcher: _DataFetcher) -> bool:
         """Run iterations up to the next observed one; return True if one of them asked to stop."""
-        trainer, device, started = self.trainer, self.trainer.strategy.root_device, time.monotonic()
-        count, clocked = self._unobserved(fetcher)
-        if count == 0:
+        trainer, device = self.trainer, self.trainer.strategy.root_device
+        turns = self._turns(*self._unobserved(fetcher))
+        if not next(turns, False):
             return False
+        if not (self._step and self._step.is_for(trainer)):
+            self._step = QuietStep(trainer)  # one for each fit: a trial holds for the same network and optimizer
         by_epoch = any(result.meta.on_epoch and result.meta.fx == "training_step" for result in self._results.values())
         step, progress, connector = self._step, self.batch_progress, trainer._logger_connector
-        assert step
         step.prepare(may_be_fast=not by_epoch)
-        lean, schedules, alone = watchers.is_lean(trainer), trainer.lr_scheduler_configs, trainer.world_size == 1
-        stops = False
+        lean, schedules = watchers.is_lean(trainer), trainer.lr_scheduler_configs
+        stops, goes_on = False, True
         with _QuietLog(trainer.lightning_module, self._results):
-            for _ in range(count):
+            while goes_on:
                 batch, _, _ = next(fetcher)
                 if not (lean and watchers.is_on(device, batch)):
                     batch = trainer.precision_plugin.convert_input(batch)
@@ -126,18 +125,33 @@ class QuietLoop(_TrainingEpochLoop):
                     break
                 progress.increment_completed()
                 self._batches_that_stepped += 1
-                # Several processes have agreed on a number, and all of them keep to it.
-                if alone and (trainer.visit or (clocked and self._is_time(started, clocked))):
-                    break
+                goes_on = next(turns, False)
         if stops:
             trainer._logger_connector.on_batch_end()
             self.batch_progress.increment_completed()
             trainer._logger_connector.update_train_step_metrics()
-        self._pace = max(1, min(AT_MOST, int(count * LOOK_EVERY / max(time.monotonic() - started, 1e-9))))
         return stops
 
-    def _is_time(self, started: float, clocked: list[int]) -> bool:
-        return time.monotonic() - started > LOOK_EVERY and any((self.batch_idx + 2) % every == 0 for every in clocked)
+    def _turns(self, count: int, clocked: list[int]) -> Iterator[bool]:
+        """Yield True before each quiet iteration. Several processes agree on as many as take about `LOOK_EVERY`."""
+        trainer, started = self.trainer, time.monotonic()
+        if not isinstance(trainer.strategy, DDP):
+            for _ in range(count):
+                yield True
+                late = clocked and time.monotonic() - started > LOOK_EVERY
+                if trainer.visit or (late and any((self.batch_idx + 2) % every == 0 for every in clocked)):
+                    return
+            return
+        while True:  # also where nothing is left to this process: another one may not know
+            now = time.monotonic()
+            asked = trainer.visit or trainer.should_stop or (clocked and now - started > LOOK_EVERY)
+            agreed = agree(trainer.strategy, 0 if asked else min(count, self._pace))
+            if agreed == 0:
+                return
+            for _ in range(agreed):
+                yield True
+            count -= agreed
+            self._pace = max(1, min(AT_MOST, int(agreed * LOOK_EVERY / max(time.monotonic() - now, 1e-9))))
 
     def _unobserved(self, fetcher: _DataFetcher) -> tuple[int, list[int]]:
         """Iterations before the next observed one; and of which multiples one is observed earlier, by the clock."""
@@ -169,10 +183,7 @@ class QuietLoop(_TrainingEpochLoop):
             before = self.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
             due.append(trainer.val_check_batch - before % trainer.val_check_batch)
         watched = why or self.automatic_optimization._skip_backward or trainer.visit or trainer.should_stop
-        count = 0 if watched else int(min(due)) - 1
-        if isinstance(trainer.strategy, DDP):  # also where this process is watched: another one may not be
-            count = agree(trainer.strategy, min(count, self._pace))
-        return count, clocked
+        return 0 if watched else int(min(due)) - 1, clocked
 
 
 class _QuietLog:
