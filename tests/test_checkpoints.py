@@ -15,6 +15,7 @@ from conftest import RunCLI
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from PIL import Image
+from test_loop import Foreign, fit, loader
 
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
@@ -100,7 +101,6 @@ def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
         (lambda c: {**c, "state_dict": [1]}, "not of this program"),
         (lambda c: {**c, "loops": {}}, "not of this program: KeyError: 'fit_loop'"),
         (lambda c: {**c, "global_step": "many"}, "not of this program: .*whole numbers"),
-        (lambda c: {**c, "optimizer_states": [{}]}, "not of this program: .*param_groups"),
         (
             lambda c: {**c, "state_dict": {key: value * math.nan for key, value in c["state_dict"].items()}},
             "refused: expected weights that are finite numbers",
@@ -113,13 +113,6 @@ def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
             lambda c: without(c, "pytorch-lightning_version"),
             "not of this program: expected .*pytorch-lightning_version",
         ),
-        (
-            lambda c: {
-                **c,
-                "optimizer_states": [{"param_groups": [{"params": [0]}], "state": {0: {"exp_avg": torch.zeros(1)}}}],
-            },
-            r"not of this program: .*exp_avg of shape \(7, 784\), found \(1,\)",
-        ),
     ],
 )
 def test_checkpoints_of_something_else_are_named(
@@ -128,6 +121,80 @@ def test_checkpoints_of_something_else_are_named(
     torch.save(change(checkpoint), tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match=f"other.ckpt is (of )?{message}"):
         read(tmp_path / "other.ckpt")
+
+
+class Masked(Foreign):
+    """Without hyperparameters, and with a buffer that is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+
+
+def test_a_module_without_hyperparameters_and_with_an_infinite_buffer_is_read(tmp_path: Path) -> None:
+    fit(Trainer, tmp_path / "run", Masked, loader, list, {"max_epochs": 1})
+    path = tmp_path / "run/end.ckpt"
+    checkpoint = checkpoint_io.read(path, Masked)
+    assert checkpoint["hyper_parameters"] == {}
+    assert checkpoint["state_dict"]["mask"].isinf().any()
+    checkpoint["state_dict"]["net.0.bias"][1] = math.inf
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match="expected weights that are finite numbers"):
+        checkpoint_io.read(path, Masked)
+
+
+def listed(checkpoint: dict[str, Any], names: list[Any]) -> None:
+    """Name the parameters of the optimizer's group."""
+    checkpoint["optimizer_states"][0]["param_groups"][0]["params"] = names
+
+
+def first(checkpoint: dict[str, Any], **state: Any) -> None:
+    """Change the state of the optimizer's first parameter, (7, 784)."""
+    checkpoint["optimizer_states"][0]["state"][0] |= state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: listed(c, [3, 2, 1, 0]), "expected the optimizer's exp_avg"),
+        (lambda c: listed(c, [1, 0, 2, 3]), "expected the optimizer's exp_avg"),
+        (lambda c: listed(c, [0, 0, 0, 0]), "expected the optimizer's exp_avg"),
+        (lambda c: listed(c, [0]), "not of this program"),
+        (lambda c: listed(c, [0, 1, 2, 3, 0]), "not of this program"),
+        (lambda c: listed(c, [[0], 1, 2, 3]), "not of this program"),
+        (lambda c: first(c, exp_avg=torch.zeros(1)), "of shape (7, 784), found (1,)"),
+        (lambda c: first(c, exp_avg_sq=torch.zeros(1).expand(7, 784)), "expected the optimizer's exp_avg_sq"),
+        (lambda c: first(c, exp_avg=torch.zeros(7, 784, dtype=torch.int8)), "expected the optimizer's exp_avg"),
+        (lambda c: first(c, step=torch.zeros(0)), "expected the optimizer's step of shape ()"),
+        (lambda c: first(c, max_exp_avg_sq=torch.zeros(0)), "expected the optimizer's max_exp_avg_sq"),
+        (lambda c: c.update(optimizer_states=[{}]), "param_groups"),
+        (lambda c: c.update(optimizer_states=[]), "not of this program"),
+        (lambda c: c["optimizer_states"].append(c["optimizer_states"][0]), "not of this program"),
+    ],
+)
+def test_an_optimizers_state_of_another_size_is_not_resumed(
+    run_cli: RunCLI,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], Any],
+    message: str,
+) -> None:
+    """A fused kernel would write outside of it. The weights are whole, and load for all other commands."""
+    settings = ["--model.hidden_dim=7", "--test_after_fit=false"]
+    assert run_cli("fit", "--trainer.max_steps=5", *settings) == 0
+    checkpoint = read(Path("lightning_logs/version_0/checkpoints/last.ckpt"))
+    torch.save(checkpoint, tmp_path / "same.ckpt")
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    capsys.readouterr()
+    assert run_cli("fit", "--ckpt_path=changed.ckpt", "--trainer.max_steps=8", *settings) in (1, 2)
+    err = capsys.readouterr().err
+    assert err.startswith("mnist_lightning: ")
+    assert "changed.ckpt is not of this program" in err
+    assert message in err
+    assert err.count("\n") == 1
+    assert run_cli("test", "--ckpt_path=changed.ckpt") == 0
+    assert run_cli("fit", "--ckpt_path=same.ckpt", "--trainer.max_steps=8", *settings) == 0
 
 
 def test_only_checkpoints_beside_the_saved_ones_are_ever_removed(tmp_path: Path) -> None:

@@ -160,6 +160,18 @@ class TwoGroups(MNISTClassifier):
         return torch.optim.AdamW(groups, lr=0.001, fused=True)
 
 
+class OnlyTheOutput(MNISTClassifier):
+    """The hidden layer stays as it is, but is not frozen: the optimizer does not know it."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.mlp.output.parameters(), lr=0.01, fused=True)
+
+
+class OtherOrder(MNISTClassifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([*self.parameters()][::-1], lr=0.003, fused=True)
+
+
 class Wrong(MNISTClassifier):
     """Its fast step leaves another bit."""
 
@@ -190,7 +202,7 @@ class ChangesSmoothing(pl.Callback):
 
 
 REFUSED = [OwnStep, OwnForward, OwnNetwork, OwnLayer, Hooked, TensorHook, AccumulateHook, Frozen, StepHook]
-REFUSED += [UsesSGD, UsesOwnAdamW, UsesAMSGrad, UsesSlowAdamW, TwoGroups]
+REFUSED += [UsesSGD, UsesOwnAdamW, UsesAMSGrad, UsesSlowAdamW, TwoGroups, OnlyTheOutput, OtherOrder]
 
 
 @pytest.mark.parametrize("module", REFUSED, ids=lambda module: module.__name__)

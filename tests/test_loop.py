@@ -1,6 +1,7 @@
 """Our Trainer against Lightning's: the same bits of everything that a run leaves, and most iterations quiet."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -29,6 +31,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
+from mnist_lightning.engine.checkpoints import FiniteLosses
 from mnist_lightning.fused import FusedStep
 
 PER_EPOCH = 11  # minibatches of the small digits, and of `loader` below
@@ -553,6 +556,24 @@ def test_fit_again(tmp_path: Path) -> None:
     assert differences(left[0], left[1]) == []
 
 
+def test_fit_again_after_a_finished_run_was_loaded(tmp_path: Path) -> None:
+    """The random states of its checkpoint are not for the second fit."""
+    finished = fit(Trainer, tmp_path / "finished", Foreign, loader, list, {})
+    assert finished.trainer.current_epoch == 2
+    left: list[Any] = []
+    quiet: Settings = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    for trainer_class in (pl.Trainer, Trainer):
+        module, trainer = Foreign(), trainer_class(accelerator="cpu", devices=1, max_epochs=2, **quiet)
+        trainer.fit(module, loader(), ckpt_path=tmp_path / "finished/end.ckpt", weights_only=True)
+        assert trainer.global_step == 2 * PER_EPOCH
+        torch.manual_seed(5)
+        trainer.fit_loop.max_epochs = 3
+        trainer.fit(module, loader())
+        assert trainer.global_step == 3 * PER_EPOCH
+        left.append({**module.state_dict(), "random": torch.get_rng_state()})
+    assert differences(left[0], left[1]) == []
+
+
 # C: who watches
 
 
@@ -641,6 +662,43 @@ def test_watched(case: str, tmp_path: Path) -> None:
     assert len(run.infos) == (case != "fast=False"), run.infos
 
 
+class Called:
+    """An object that is called like a function, but has no code of its own."""
+
+    def __init__(self) -> None:
+        self.call_count = 0
+
+    def __call__(self, *args: Any) -> None:
+        self.call_count += 1
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end", "on_before_zero_grad"])
+@pytest.mark.parametrize("kind", [Mock, Called])
+@pytest.mark.parametrize("where", ["LambdaCallback", "callback", "module"])
+def test_a_hook_that_is_no_function_is_called_in_each_iteration(
+    hook: str, kind: Any, where: str, tmp_path: Path
+) -> None:
+    called = kind(return_value=None) if kind is Mock else kind()
+    callback: pl.Callback = callbacks.LambdaCallback(**{hook: called}) if where == "LambdaCallback" else pl.Callback()
+
+    def module() -> Foreign:
+        made = Foreign()
+        if where == "module":
+            setattr(made, hook, called)
+        return made
+
+    if where == "callback":
+        setattr(callback, hook, called)
+    fit(Trainer, tmp_path / "a", module, loader, lambda: [callback], {})
+    assert called.call_count == 2 * PER_EPOCH
+
+
+def test_a_mock_of_a_callback_is_called_in_each_iteration(tmp_path: Path) -> None:
+    mock = Mock(spec=pl.Callback, state_key="mock", **{"state_dict.return_value": {}})
+    fit(Trainer, tmp_path / "a", Foreign, loader, lambda: [mock], {})
+    assert mock.on_train_batch_end.call_count == 2 * PER_EPOCH
+
+
 def rich() -> callbacks.RichProgressBar:
     return callbacks.RichProgressBar(console_kwargs={"file": StringIO()})
 
@@ -705,6 +763,18 @@ def test_max_time(tmp_path: Path) -> None:
     assert 5 < run.trainer.global_step < 30
 
 
+def test_one_clock_does_not_hide_another(tmp_path: Path) -> None:
+    """A bar that wants each 40th iteration does not keep the timer from ending the run at any other."""
+
+    def more() -> list[pl.Callback]:
+        return [callbacks.Timer(timedelta(seconds=0.3)), callbacks.TQDMProgressBar(refresh_rate=40)]
+
+    settings = {"enable_progress_bar": True, "log_every_n_steps": 50}
+    run = fit(Trainer, tmp_path / "a", Slow, lambda: loader(1), more, settings)
+    assert run.trainer.global_step < 30  # 10 are 0.3 s
+    assert run.quiet > 0
+
+
 # D: visits on demand
 
 
@@ -766,3 +836,20 @@ def test_quiet_losses(module: Make, digits: Callable[..., MNISTDataModule], tmp_
         found.append(losses)
     assert found[0].losses == found[1].losses
     assert found[0].counts == [0, 3, 4, 0, 0, 2, 4, 1]
+
+
+class StopsAtNaN(Stops):
+    """Its loss is no number in the iteration that asks to stop."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        was_to_stop = self.trainer.should_stop
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if self.trainer.should_stop and not was_to_stop else loss
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit_val_batches": 0}, {"min_epochs": 2}], ids=str)
+def test_the_loss_of_a_quiet_iteration_that_stops_is_looked_at(settings: Settings, tmp_path: Path) -> None:
+    visits = Visits()
+    with pytest.raises(FloatingPointError, match="nan at iteration 7;"):
+        fit(Trainer, tmp_path / "a", StopsAtNaN, loader, lambda: [FiniteLosses(), visits], settings)
+    assert 7 not in visits.steps

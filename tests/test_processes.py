@@ -9,15 +9,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import Start, assert_the_same, newest_run, small
+from conftest import Start, assert_the_same, fork, newest_run, small
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from test_loop import Foreign, Watches, differences, loader
 from torch import Tensor
+
+from mnist_lightning import Trainer
+from mnist_lightning.engine.data import DeviceDataModule, DeviceLoader
+from mnist_lightning.engine.processes import leave
 
 StartAll = Callable[..., list[BaseProcess]]
 Found = TypeVar("Found")
@@ -305,6 +314,107 @@ def test_settings_that_the_launcher_contradicts_are_refused(tmp_path: Path, root
 def test_a_script_for_several_slurm_tasks_may_run_one_process(tmp_path: Path, root: Path, start: Start) -> None:
     run = start(tmp_path, [*small(root), "--trainer.max_epochs=1"], environment=slurm(0, 4, free_port()))
     assert ended([run]) == [0], (tmp_path / "output.txt").read_text()
+
+
+# The Trainer alone, in other people's scripts
+
+FitAll = Callable[..., list[Any]]
+
+
+def fit_in_process(directory: Path, rank: int, port: int, trainer_class: Any, make: Any, settings: Any) -> None:
+    """Fit what `make` makes of the rank, as one of two processes, and save what is left."""
+    os.environ.update(torchrun(rank, 2, port))
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    module, data, callbacks = make(rank)
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = trainer_class(
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(timeout=timedelta(seconds=20)),
+        limit_val_batches=0,
+        logger=CSVLogger(directory, "", ""),
+        callbacks=callbacks,
+        **quiet,
+        **settings,
+    )
+    trainer.fit(module, data)
+    metrics, curves = dict(trainer.callback_metrics), directory / "metrics.csv"
+    left = {"weights": module.state_dict(), "metrics": metrics, "step": trainer.global_step, "seen": module.seen}
+    if rank == 0:
+        left["curves"] = curves.read_text() if curves.exists() else ""
+    torch.save(left, directory / f"{rank}.pt")
+    leave(0)
+
+
+@pytest.fixture
+def fit_all() -> Iterator[FitAll]:
+    """Fit in two processes; return what each of them left."""
+    started: list[BaseProcess] = []
+
+    def fit_all(directory: Path, trainer_class: Any, make: Any, **settings: Any) -> list[Any]:
+        directory.mkdir()
+        port = free_port()
+        processes: list[BaseProcess] = [
+            fork.Process(target=fit_in_process, args=(directory, rank, port, trainer_class, make, settings))
+            for rank in range(2)
+        ]
+        started.extend(processes)
+        for process in processes:
+            process.start()
+        assert ended(processes) == [0, 0]
+        return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+    yield fit_all
+    for process in started:
+        process.kill()
+
+
+def first_is_watched(rank: int) -> Any:
+    return Foreign(), loader(4), [Watches()] if rank == 0 else []
+
+
+def second_is_watched(rank: int) -> Any:
+    return Foreign(), loader(4), [Watches()] if rank == 1 else []
+
+
+@pytest.mark.parametrize("make", [first_is_watched, second_is_watched])
+def test_one_process_alone_may_have_a_callback_that_watches(tmp_path: Path, fit_all: FitAll, make: Any) -> None:
+    theirs = fit_all(tmp_path / "theirs", pl.Trainer, make, max_epochs=2)
+    ours = fit_all(tmp_path / "ours", Trainer, make, max_epochs=2)
+    assert differences(theirs, ours) == []
+    assert ours[0]["step"] == 22
+
+
+class Unequal(DeviceDataModule):
+    """17 minibatches of 5: one process has 3 examples of each, the other 2."""
+
+    def train_dataloader(self) -> DeviceLoader:
+        inputs, labels = loader().dataset.tensors  # type: ignore[attr-defined]
+        return self.loader(inputs, labels, 5, shuffle_seed=1)
+
+
+class LogsNowAndThenOfAll(Foreign):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.seen.append(len(batch[1]))
+        if batch_idx % 4 == 3:
+            self.log("now and then", loss, sync_dist=True)
+        if batch_idx in (4, 6):
+            self.log("before a visit", loss, sync_dist=True)
+        return loss
+
+
+def unequal(rank: int) -> Any:
+    return LogsNowAndThenOfAll(), Unequal(), []
+
+
+def test_what_quiet_iterations_log_now_and_then_is_the_mean_over_all_examples(tmp_path: Path, fit_all: FitAll) -> None:
+    visited = fit_all(tmp_path / "visited", Trainer, unequal, max_epochs=2, log_every_n_steps=10, fast=False)
+    quiet = fit_all(tmp_path / "quiet", Trainer, unequal, max_epochs=2, log_every_n_steps=10)
+    assert [set(left["seen"]) for left in quiet] == [{3}, {2}]
+    assert quiet[0]["curves"].count("\n") == 3  # a header, and points at iterations 10 and 30
+    assert differences(visited, quiet) == []
 
 
 def command(*arguments: str) -> list[str]:

@@ -12,10 +12,13 @@ from conftest import VAL_SIZE
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_loop import Foreign, Run, classifier, differences, every, fit, loader
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
 from mnist_lightning import MNISTDataModule, Trainer
+from mnist_lightning.engine.checkpoint_io import CheckpointIO
+from mnist_lightning.engine.guard import ExactResumption
 
 Settings = dict[str, Any]
 PER_EPOCH = 11
@@ -128,6 +131,70 @@ def test_digits(digits: Callable[..., MNISTDataModule], tmp_path: Path) -> None:
     assert {"start.ckpt", "step=4.ckpt", "step=20.ckpt", "end of epoch=1.ckpt"} <= {*names}
 
 
+class BiasesFirst(Foreign):
+    """Two groups, so that the optimizer has its parameters in another order than the module."""
+
+    def configure_optimizers(self) -> Any:
+        weights, biases = ([p for p in self.parameters() if (p.ndim == 1) is bias] for bias in (False, True))
+        groups: list[Settings] = [{"params": biases, "weight_decay": 0}, {"params": weights}]
+        return torch.optim.AdamW(groups, lr=0.02)
+
+
+class Masked(Foreign):
+    """Without hyperparameters, and with a buffer that is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+
+
+class ChannelsLast(Foreign):
+    """Its weights and their moments are not contiguous, but lie alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Unflatten(1, (2, 3, 1)), nn.Conv2d(2, 4, (2, 1)), nn.Flatten(), nn.Linear(8, 3)
+        self.net = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+class Momentum(torch.optim.Optimizer):
+    """An optimizer of someone who counts steps in a plain number."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            state.setdefault("exp_avg", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.5)
+            parameter.sub_(state["exp_avg"], alpha=1 / (10 + state["step"]))
+        return loss
+
+
+class OwnOptimizer(Foreign):
+    def configure_optimizers(self) -> Any:
+        return Momentum(self.parameters(), {})
+
+
+class OneCycle(Foreign):
+    interval, frequency = "epoch", 1
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = OneCycleLR(optimizer, 0.5, total_steps=40)
+        config = {"scheduler": schedule, "interval": self.interval, "frequency": self.frequency}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+class OneCycleBySteps(OneCycle):
+    interval, frequency = "step", 2
+
+
+def guarded(module: Any) -> Settings:
+    """All that a project may take to resume safely."""
+    return {"more": lambda: [ExactResumption()], "plugins": [CheckpointIO(module)], "max_epochs": 2}
+
+
 CASES: dict[str, tuple[Any, Any, Settings, Settings]] = {
     "plain": (Foreign, loader, {}, {"log_every_n_steps": 50}),
     "random transform": (Foreign, lambda: DataLoader(Noisy(), 8, shuffle=True), {"max_epochs": 2}, {}),
@@ -143,6 +210,11 @@ CASES: dict[str, tuple[Any, Any, Settings, Settings]] = {
     ),
     "no validation": (Foreign, loader, {"limit_val_batches": 0, "max_epochs": 2}, {}),
     "accumulates": (Foreign, loader, {"accumulate_grad_batches": 2, "log_every_n_steps": 3, "max_epochs": 2}, {}),
+    **{
+        module.__name__: (module, loader, guarded(module), {})
+        for module in (BiasesFirst, Masked, ChannelsLast, OwnOptimizer, OneCycleBySteps)
+    },
+    "OneCycle": (OneCycle, loader, {**guarded(OneCycle), "max_epochs": 3}, {}),
 }
 
 
@@ -203,3 +275,37 @@ def test_timed_checkpoint_goes_on(tmp_path: Path) -> None:
         return [ModelCheckpoint(train_time_interval=every_time, save_top_k=-1, filename="timed {step}")]
 
     goes_on_from_each(tmp_path, Slow, loader, {"more": timed, "max_epochs": 1}, {"more": list})
+
+
+class WithoutTest(pl.LightningDataModule):
+    """A data module as a textbook has it."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.train = loader()
+
+    def train_dataloader(self) -> Any:
+        return self.train
+
+    def val_dataloader(self) -> Any:
+        return loader(30, shuffle=False)
+
+
+class TestLater(WithoutTest):
+    """Its test split is there only where it is tested."""
+
+    __test__ = False
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "test":
+            self.test = loader(shuffle=False)
+
+    def test_dataloader(self) -> Any:
+        return self.test
+
+
+@pytest.mark.parametrize("data", [WithoutTest, TestLater])
+def test_a_fit_needs_no_test_split(data: Any, tmp_path: Path) -> None:
+    run = fit(Trainer, tmp_path / "a", Foreign, data, lambda: [ExactResumption()], {})
+    assert run.trainer.global_step == 2 * PER_EPOCH

@@ -13,17 +13,23 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import SMALL, VAL_SIZE, RunCLI, assert_the_same, everything, prepare
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_loop import Foreign, fit, loader
+from test_resume import TestLater
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
+from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer, datamodule
 from mnist_lightning.digits import files, plots
+from mnist_lightning.digits.predictions import PredictionWriter
 from mnist_lightning.distortions import Distortions
+from mnist_lightning.engine.report import Report
+from mnist_lightning.figures import Figures
 from mnist_lightning.model import MLP
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -143,6 +149,78 @@ def test_the_figures_show_what_they_say(run_cli: RunCLI, tmp_path: Path, root: P
     assert run_cli("test", "--ckpt_path=best", "--figures.misclassified=confidence") == 0
     surest = wrong[confidences[wrong].argsort(descending=True)][:9]
     assert torch.equal(grids["misclassified"][0], images[surest])
+
+
+class Breaks(Callback):
+    """Interrupts the first test and the first prediction at their second minibatch."""
+
+    def __init__(self) -> None:
+        self.broken: set[str] = set()
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        self._once("test", args[4])
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        self._once("predict", args[4])
+
+    def _once(self, what: str, batch_idx: int) -> None:
+        if batch_idx == 1 and what not in self.broken:
+            self.broken.add(what)
+            raise RuntimeError("interrupted")
+
+
+def test_one_that_broke_off_leaves_nothing_to_the_next(
+    data: MNISTDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datamodule, "EVAL_BATCH_SIZE", 50)
+    counted: list[int] = []
+    draw = plots.confusion_matrix
+
+    def count(counts: Tensor, heading: str) -> Figure:
+        counted.append(int(counts.sum()))
+        return draw(counts, heading)
+
+    monkeypatch.setattr(plots, "confusion_matrix", count)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path, "", ""),
+        callbacks=[Figures(), PredictionWriter(), Breaks()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    model = MNISTClassifier(8)
+    for command in (trainer.test, trainer.predict):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            command(model, datamodule=data)
+        command(model, datamodule=data)
+    assert counted == [SMALL["t10k"]]
+    _, *rows = csv.reader((tmp_path / "predictions.csv").read_text().splitlines())
+    with torch.no_grad():
+        digits = model.eval()(data.test[0].float() / 255).argmax(1).tolist()
+    assert [row[:2] for row in rows] == [[str(image), str(digit)] for image, digit in enumerate(digits)]
+
+
+class OnlyTestLoss(Foreign):
+    """It measures no accuracy, as a regression does."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/loss", self.loss(batch))
+
+
+def test_a_report_of_a_module_without_accuracies(tmp_path: Path) -> None:
+    run = fit(Trainer, tmp_path / "run", OnlyTestLoss, TestLater, lambda: [Report()], {})
+    run.trainer.validate(run.module, datamodule=run.trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    run.trainer.test(run.module, datamodule=run.trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    assert "test/loss" in run.trainer.callback_metrics
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["iterations"] == 22
+    assert "test/acc" not in results
+
+
+def test_a_report_where_loaders_are_given_to_fit(tmp_path: Path) -> None:
+    run = fit(Trainer, tmp_path / "run", OnlyTestLoss, loader, lambda: [Report()], {})
+    run.trainer.test(run.module, loader(shuffle=False), verbose=False)
+    assert json.loads((tmp_path / "run/results.json").read_text())["iterations"] == 22
 
 
 @pytest.mark.parametrize("count", [0, 1, 9, 12])

@@ -13,7 +13,7 @@ from .checkpoint_io import CheckpointError
 from .run import run_directory
 
 # What PyTorch's fused optimizers write to, without a look at its size.
-KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
 
 
 class ExactResumption(pl.Callback):
@@ -42,7 +42,7 @@ class ExactResumption(pl.Callback):
         self._take_lock(trainer)
         # Lightning would refuse it too, but only after the training.
         limit, data = trainer.limit_test_batches, trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(limit, float) and 0 < limit < 1 and int(limit * len(data.test_dataloader())) == 0:
+        if data and isinstance(limit, float) and 0 < limit < 1 and int(limit * len(data.test_dataloader())) == 0:
             raise MisconfigurationException(f"limit_test_batches {limit} is less than one minibatch; give 0 for none")
         if self._checkpoint:
             refuse_manual_optimization(self._checkpoint)
@@ -120,7 +120,8 @@ def _restore_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         if "total_steps" in state:
             each = config.interval == "step" and config.frequency == 1
             done = checkpoint["global_step"] if each else int(saved[index]["last_epoch"])
-            saved[index] = state | {"last_epoch": done, "_step_count": done + 1}
+            rates = [float(rate) for rate in saved[index]["_last_lr"]]
+            saved[index] = state | {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
 
 
 def _check_optimizers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -135,9 +136,11 @@ def _check_optimizers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
             names = [name for group in saved["param_groups"] for name in group["params"]]
             for name, parameter in zip(names, parameters, strict=True):  # by position, as PyTorch loads them
                 state = saved["state"].get(name, {})
-                for key in KERNELS_WRITE & state.keys():
+                # Not a plain number, which some optimizers count steps with, and no kernel writes to.
+                for key in [key for key in KERNELS_WRITE & state.keys() if isinstance(state[key], torch.Tensor)]:
                     value, shape = state[key], torch.Size() if key == "step" else parameter.shape
-                    if value.shape != shape or not value.is_floating_point() or not value.is_contiguous():
+                    is_dense = value.is_contiguous() or value.stride() == parameter.stride()  # channels last, say
+                    if value.shape != shape or not value.is_floating_point() or not is_dense:
                         raise ValueError(
                             f"expected the optimizer's {key} of shape {tuple(shape)}, found {tuple(value.shape)}"
                         )

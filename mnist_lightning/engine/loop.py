@@ -64,6 +64,7 @@ class QuietLoop(_TrainingEpochLoop):
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Run an epoch. Its first iteration is visited: what follows is decided by what it left."""
         self._visited = False
+        self.trainer.quiet_losses.clear()
         self._pace = 1  # iterations that take about as long as `LOOK_EVERY`
         super().run(data_fetcher)
 
@@ -75,13 +76,13 @@ class QuietLoop(_TrainingEpochLoop):
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Run the quiet iterations that are next, if any, and then visit one."""
-        self.trainer.quiet_losses.clear()
         if self._visited and self._run_quietly(data_fetcher):
             return
         self._visited, self.trainer.visit = True, False
         if self.batch_progress.current.ready == 0:
             self.trainer.fit_loop.random.before_batch = torch.get_rng_state()
         super().advance(data_fetcher)
+        self.trainer.quiet_losses.clear()
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
         """Validate if it is due. Otherwise call the callbacks' `on_iteration_end`."""

@@ -100,7 +100,7 @@ class Report(pl.Callback):
         parameters = (
             f"{sum(parameter.numel() for parameter in pl_module.parameters()):,} parameters on {pl_module.device}"
         )
-        seed = trainer.datamodule.hparams.get("seed")  # type: ignore[attr-defined]
+        seed = _settings(trainer).get("seed")
         say(f"Training on {self._dataset}{_sizes(trainer)}; {parameters}, seed {seed}")
         if trainer.ckpt_path:
             say(f"Resuming {trainer.ckpt_path} after iteration {iteration:,}")
@@ -110,7 +110,7 @@ class Report(pl.Callback):
         if trainer.global_step:
             # Not earlier: a run that cannot be resumed keeps its curves.
             tensorboard.rewind(trainer)
-        settings = {**pl_module.hparams, **trainer.datamodule.hparams}  # type: ignore[attr-defined]
+        settings = {**pl_module.hparams, **_settings(trainer)}
         tensorboard.log_settings(trainer, settings, ("test/acc", "test/loss", "val/acc", "val/loss"))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -168,7 +168,7 @@ class Report(pl.Callback):
         folder = run_directory(trainer)
         if folder is None:
             return
-        hparams = trainer.datamodule.hparams  # type: ignore[attr-defined]
+        hparams = _settings(trainer)
         results: dict[str, Any] = {
             "dataset": hparams.get("dataset"),
             "seed": hparams.get("seed"),
@@ -210,9 +210,15 @@ def save_figures(figures: dict[str, "Figure"], trainer: pl.Trainer) -> None:
         tensorboard.log_picture(trainer, f"figures/{name}", path, max(0, iteration - 1))
 
 
+def _settings(trainer: pl.Trainer) -> dict[str, Any]:
+    """The data module's; a loader that was given to `fit` has none."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return dict(data.hparams) if data else {}
+
+
 def _name(trainer: pl.Trainer) -> str:
     data = trainer.datamodule  # type: ignore[attr-defined]
-    return str(getattr(data, "dataset_name", type(data).__name__))
+    return str(getattr(data, "dataset_name", type(data).__name__)) if data else "the given loader"
 
 
 def _sizes(trainer: pl.Trainer) -> str:

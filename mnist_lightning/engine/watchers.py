@@ -32,7 +32,7 @@ KNOWN = (callbacks.DeviceStatsMonitor, callbacks.LearningRateMonitor, callbacks.
 
 def is_overridden(name: str, instance: object, base: type) -> bool:
     """Whether a method is another one than the base's: in a class between them, or set on the instance."""
-    return name in vars(instance) or getattr(type(instance), name) is not getattr(base, name)
+    return name in vars(instance) or getattr(type(instance), name, None) is not getattr(base, name)
 
 
 def interval(callback: pl.Callback) -> tuple[int, bool]:
