@@ -406,7 +406,6 @@ def test_an_old_checkpoint_from_before_the_first_iteration_is_refused_too(
         lambda c: c.update(lr_schedulers=[{}]),
         lambda c: c.update(lr_schedulers=[{"total_steps": "\x1b[2J"}]),
         lambda c: c.update(iterations_per_epoch=12),
-        lambda c: c.update(datamodule_hyper_parameters={}),
         lambda c: c["datamodule_hyper_parameters"].update(dataset="evil"),
         lambda c: c["datamodule_hyper_parameters"].update(dataset=["mnist"]),
     ],

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,22 +19,15 @@ from .processes import rank
 from .run import run_directory
 
 
+@dataclass(eq=False)
 class Stopped(Exception):  # noqa: N818 (no error, as StopIteration is none)
-    """A signal ended training, and everything up to there is saved.
+    """A signal ended training at an iteration, and everything up to there is saved in a checkpoint."""
 
-    Args:
-        signum: Number of the signal.
-        iteration: Optimizer steps done.
-        checkpoint: Where they are saved.
-        run: Directory of the run, if it has one.
-    """
-
-    def __init__(self, signum: int, iteration: int, checkpoint: Path, run: Path | None) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} at iteration {iteration:,}")
-        self.signum = signum
-        self.iteration = iteration
-        self.checkpoint = checkpoint
-        self.run = run
+    signum: int
+    iteration: int
+    checkpoint: Path
+    run: Path | None
+    """Directory of the run, if it has one."""
 
 
 class BestAndLast(Checkpoint):

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -10,16 +10,9 @@ from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-
-class FastStep(Protocol):
-    """What `module.fast_step(optimizer, batch)` returns, or None where it knows no fast step.
-
-    It does what `training_step`, the backward pass and the optimizer's step do with a batch, to the bit, and leaves out
-    `self.log`.
-    """
-
-    def __call__(self, batch: Any, /) -> Tensor | None:
-        """Do one step; return the loss, (), or None, with nothing done, for a batch that is not like the first."""
+# What `module.fast_step(optimizer, batch)` returns: it does one whole step with a batch, to the bit, and logs nothing;
+# it returns the loss, (), or, with nothing done, None for a batch that is not like the first.
+FastStep: TypeAlias = Callable[[Any], Tensor | None]
 
 
 def make(trainer: pl.Trainer, batch: Any) -> FastStep | None:

@@ -28,14 +28,10 @@ class ExactResumption(pl.Callback):
         self._lock: int | None = None
         self._checkpoint: dict[str, Any] = {}
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["iterations_per_epoch"] = trainer.num_training_batches
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
         self._checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING else {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -54,12 +54,8 @@ class Report(pl.Callback):
         return self._loaded[0] if self._loaded else trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "train": self.train,
-            "val": self.val,
-            "train_seconds": self.train_seconds,
-            "dataset": self._dataset,
-        }
+        history = {"train": self.train, "val": self.val, "train_seconds": self.train_seconds}
+        return {**history, "dataset": self._dataset}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Testing the best checkpoint after a fit must not forget the epochs that came after it.
@@ -67,9 +63,7 @@ class Report(pl.Callback):
             self.train, self.val = state_dict["train"], state_dict["val"]
             self._seconds_of_resumed_runs = state_dict["train_seconds"]
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._resumes_from = progress(checkpoint)
             return
@@ -80,9 +74,7 @@ class Report(pl.Callback):
             say(printable(f"Weights of iteration {self._loaded[0]:,}, trained on {trained_on}"))
             say(f"Reading {_name(trainer)}")
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
         # Whoever resumes this checkpoint logs what comes after it; what came before has to be on disk.
         for logger in trainer.loggers:
             logger.save()
@@ -97,9 +89,7 @@ class Report(pl.Callback):
                     longer = "so is the schedule of its learning rate, and it cannot be trained longer"
                 say(f"This run is done, at iteration {iteration:,}; {longer}")
                 return
-        parameters = (
-            f"{sum(parameter.numel() for parameter in pl_module.parameters()):,} parameters on {pl_module.device}"
-        )
+        parameters = f"{sum(weight.numel() for weight in pl_module.parameters()):,} parameters on {pl_module.device}"
         seed = _settings(trainer).get("seed")
         say(f"Training on {self._dataset}{_sizes(trainer)}; {parameters}, seed {seed}")
         if trainer.ckpt_path:
@@ -116,9 +106,7 @@ class Report(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.perf_counter(), trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
