@@ -90,8 +90,10 @@ class MNISTClassifier(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the means: `trainer.validate` leaves them in inference mode, in which a fit could not update them."""
-        self.val_loss.reset()
-        self.val_acc.reset()
+        for metric in (self.val_loss, self.val_acc):
+            metric.reset()
+            # Else, in double precision, only the first epoch of a process would be added up in float32.
+            metric.set_dtype(torch.promote_types(next(self.parameters()).dtype, torch.float32))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure a minibatch of the validation split."""
