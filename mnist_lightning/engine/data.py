@@ -114,10 +114,10 @@ class DeviceLoader:
         minibatches = order.to(self.targets.device).split(self.batch_size)
         augmented = self._augmented(minibatches, seeds, self._done) if self.augmentation else None
         for minibatch in minibatches[self._done :]:
-            inputs = next(augmented) if augmented else self._take(self._part(minibatch))
-            targets = self.targets.index_select(0, self._part(minibatch))
+            inputs = next(augmented) if augmented else None
+            part = self._part(minibatch)  # after the augmentation, which is ahead: the weight is this minibatch's
             self._done += 1
-            yield inputs, targets
+            yield self._take(part) if inputs is None else inputs, self.targets.index_select(0, part)
 
     def _order(self) -> tuple[Tensor, list[int]]:
         """Indices of the epoch's examples, (N,), and a seed for each minibatch."""
@@ -175,21 +175,14 @@ class DeviceDataModule(pl.LightningDataModule):
 
         With `Trainer(overfit_batches)` it neither shuffles nor augments: the same minibatches each epoch.
         """
-        trainer = self.trainer
-        if trainer is None:
-            return DeviceLoader(inputs, targets, batch_size, shuffle_seed=shuffle_seed, augmentation=augmentation)
-        if trainer.overfit_batches:  # type: ignore[attr-defined]
-            shuffle_seed = augmentation = None
-        device = trainer.strategy.root_device
-        return DeviceLoader(
-            inputs.to(device),
-            targets.to(device),
-            batch_size,
-            shuffle_seed=shuffle_seed,
-            augmentation=augmentation,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+        share: dict[str, int] = {}
+        if trainer := self.trainer:
+            if trainer.overfit_batches:  # type: ignore[attr-defined]
+                shuffle_seed = augmentation = None
+            device = trainer.strategy.root_device
+            inputs, targets = inputs.to(device), targets.to(device)
+            share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        return DeviceLoader(inputs, targets, batch_size, shuffle_seed=shuffle_seed, augmentation=augmentation, **share)
 
     def state_dict(self) -> dict[str, Any]:
         """The hyperparameters, which have to be the same for a checkpoint to go on as if nothing had happened."""

@@ -104,7 +104,7 @@ class QuietLoop(_TrainingEpochLoop):
         by_epoch = any(result.meta.on_epoch and result.meta.fx == "training_step" for result in self._results.values())
         step, progress, connector = self._step, self.batch_progress, trainer._logger_connector
         step.prepare(may_be_fast=not by_epoch)
-        lean, schedules = watchers.is_lean(trainer), trainer.lr_scheduler_configs
+        lean, schedules = step.lean, trainer.lr_scheduler_configs
         stops, goes_on = False, True
         with _QuietLog(trainer.lightning_module, self._results):
             while goes_on:
@@ -128,9 +128,9 @@ class QuietLoop(_TrainingEpochLoop):
                 self._batches_that_stepped += 1
                 goes_on = next(turns, False)
         if stops:
-            trainer._logger_connector.on_batch_end()
-            self.batch_progress.increment_completed()
-            trainer._logger_connector.update_train_step_metrics()
+            connector.on_batch_end()
+            progress.increment_completed()
+            connector.update_train_step_metrics()
         return stops
 
     def _turns(self, count: int, clocked: list[int]) -> Iterator[bool]:
@@ -164,10 +164,8 @@ class QuietLoop(_TrainingEpochLoop):
             why = "training_step takes dataloader_iter"
         if why:
             self._warning_cache.info(f"Lightning visits every iteration: {why}")
-        due, clocked = (
-            [AT_MOST, trainer.num_training_batches - done],
-            [1] * (trainer._val_check_time_interval is not None),
-        )
+        due = [AT_MOST, trainer.num_training_batches - done]
+        clocked = [1] * (trainer._val_check_time_interval is not None)
         for callback in trainer.callbacks:
             every, by_clock = watchers.interval(callback)
             if not every and isinstance(callback, ModelCheckpoint):

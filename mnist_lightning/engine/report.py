@@ -211,9 +211,11 @@ def _name(trainer: pl.Trainer) -> str:
 
 def _sizes(trainer: pl.Trainer) -> str:
     data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, DeviceDataModule):
+    # Not the loaders' lengths: to make one copies its split to the device.
+    splits: list[Any] = [getattr(data, name, None) for name in ("train", "val")]
+    if not isinstance(data, DeviceDataModule) or not all(splits):
         return ""
-    train, val = (len(loader.targets) for loader in (data.train_dataloader(), data.val_dataloader()))
+    train, val = (len(targets) for _, targets in splits)
     return f": {train:,} images, {val:,} for validation"
 
 
