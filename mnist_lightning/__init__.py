@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mnist_lightning.engine.startup import fast_imports
+
 if TYPE_CHECKING:
     from mnist_lightning.classifier import MNISTClassifier
     from mnist_lightning.datamodule import MNISTDataModule
@@ -17,4 +19,5 @@ def __getattr__(name: str) -> Any:
     # Imported when they are asked for, so that `from mnist_lightning.model import MLP` does not wait for Lightning.
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    with fast_imports():
+        return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -20,13 +20,14 @@ from test_loop import Foreign, fit, loader
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.distortions import Distortions
-from mnist_lightning.engine import checkpoint_io
-from mnist_lightning.engine.checkpoint_io import CheckpointError, CheckpointIO
+from mnist_lightning.engine import checkpoint_file
+from mnist_lightning.engine.checkpoint_file import CheckpointError
+from mnist_lightning.engine.checkpoint_io import CheckpointIO
 from mnist_lightning.engine.guard import ExactResumption
 
 
 def read(path: Path) -> dict[str, Any]:
-    return checkpoint_io.read(path, MNISTClassifier)
+    return checkpoint_file.read(path, MNISTClassifier)
 
 
 class MakesAFile:
@@ -134,13 +135,13 @@ class Masked(Foreign):
 def test_a_module_without_hyperparameters_and_with_an_infinite_buffer_is_read(tmp_path: Path) -> None:
     fit(Trainer, tmp_path / "run", Masked, loader, list, {"max_epochs": 1})
     path = tmp_path / "run/end.ckpt"
-    checkpoint = checkpoint_io.read(path, Masked)
+    checkpoint = checkpoint_file.read(path, Masked)
     assert checkpoint["hyper_parameters"] == {}
     assert checkpoint["state_dict"]["mask"].isinf().any()
     checkpoint["state_dict"]["net.0.bias"][1] = math.inf
     torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match="expected weights that are finite numbers"):
-        checkpoint_io.read(path, Masked)
+        checkpoint_file.read(path, Masked)
 
 
 def listed(checkpoint: dict[str, Any], names: list[Any]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mnist_lightning import Trainer
 from mnist_lightning.engine.data import DeviceDataModule, DeviceLoader
-from mnist_lightning.engine.processes import leave
+from mnist_lightning.engine.main import leave
 
 StartAll = Callable[..., list[BaseProcess]]
 Found = TypeVar("Found")

@@ -10,18 +10,16 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.panel import Panel
 from torch import Tensor
-from torchvision.datasets import MNIST
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from mnist_lightning.digits import synthetic
 from mnist_lightning.model import SIDE
+
+Dataset: TypeAlias = Literal["auto", "mnist", "synthetic"]
 
 NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
 
@@ -45,7 +43,7 @@ class UnreachableError(DataError):
     """There is nothing of MNIST on disk, and it could not be downloaded either."""
 
 
-def get(dataset: Literal["auto", "mnist", "synthetic"], root: Path) -> Path:
+def get(dataset: Dataset, root: Path) -> Path:
     """Have whole and verified files on disk; return the directory that they lie in.
 
     Args:
@@ -70,7 +68,7 @@ def get(dataset: Literal["auto", "mnist", "synthetic"], root: Path) -> Path:
         raise DataError(f"{cause}; mend that or give another --data.root") from error
 
 
-def find(dataset: Literal["auto", "mnist", "synthetic"], root: Path) -> Path:
+def find(dataset: Dataset, root: Path) -> Path:
     """The directory of the files that `get` had: MNIST's, or the stand-in's where `auto` found nothing of MNIST."""
     mnist = root / "MNIST" / "raw"
     is_there = all((mnist / name).exists() for name in MNIST_MD5)
@@ -107,7 +105,7 @@ def _values(path: Path, *shape: int) -> Tensor:
 
 def _get_mnist(root: Path) -> Path:
     raw = root / "MNIST" / "raw"
-    bad = [name for name, md5 in MNIST_MD5.items() if not check_integrity(raw / name, md5)]
+    bad = [name for name, md5 in MNIST_MD5.items() if synthetic.md5_sum(raw / name) != md5]
     if not bad:
         return raw
     present = [path for name in MNIST_MD5 for path in (raw / name, raw / f"{name}.gz") if path.exists()]
@@ -120,7 +118,7 @@ def _get_mnist(root: Path) -> Path:
                 shutil.copy(raw / f"{name}.gz", directory)
         failure = _download(bad, directory)
         for name in bad:
-            if not check_integrity(Path(directory, name), MNIST_MD5[name]):
+            if synthetic.md5_sum(Path(directory, name)) != MNIST_MD5[name]:
                 if not present:
                     raise UnreachableError(f"{raw}: MNIST is not there, and the download failed: {failure}")
                 # Of the two forms of a file the gzipped one is at fault where both are there: it mends the other.
@@ -167,6 +165,9 @@ def _download(names: list[str], directory: str) -> str:
 
 
 def _from_mirrors(name: str, directory: str, given_up: threading.Event) -> str:
+    from torchvision.datasets import MNIST  # takes a second, and mostly nothing is to be downloaded
+    from torchvision.datasets.utils import download_and_extract_archive
+
     failures = []
     for mirror in MNIST.mirrors:
         if given_up.is_set():
@@ -193,6 +194,9 @@ def _get_synthetic(root: Path) -> Path:
 
 
 def _warn_of_stand_in(error: UnreachableError) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+
     Console(stderr=True).print(
         Panel(
             f"{error}\n\n"

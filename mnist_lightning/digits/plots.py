@@ -1,14 +1,20 @@
 """Figures: tensors in, `matplotlib.figure.Figure` out."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from mnist_lightning.digits.pictures import Array
 from mnist_lightning.model import CLASSES, SIDE
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mnist_lightning.digits.pictures import Array
 
 TRAIN_COLOR, VAL_COLOR = "#4878a8", "#d1602a"
 

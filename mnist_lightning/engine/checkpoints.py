@@ -14,9 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from .checkpoint_io import write_whole
-from .processes import rank
-from .run import run_directory
+from .checkpoint_file import write_whole
+from .run import rank, run_directory
 
 
 @dataclass(eq=False)

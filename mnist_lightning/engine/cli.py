@@ -16,16 +16,19 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from . import processes
-from .checkpoint_io import CheckpointError, CheckpointIO, find, read, write_whole
+from .checkpoint_file import CheckpointError, find, read, write_whole
+from .checkpoint_io import CheckpointIO
 from .checkpoints import BestAndLast, FiniteLosses
 from .guard import ExactResumption, refuse_manual_optimization
 from .loop import Trainer
 from .parser import Parser, UsageError, check_values, keep_limits_whole, shorter
 from .report import Report
-from .run import run_directory, say
+from .run import RUNS, run_directory, say
 from .tensorboard import RunLogger
 
-RUNS = "lightning_logs"
+
+class LightningParser(Parser, LightningArgumentParser):
+    """Lightning's argument parser, with errors in one line."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -78,7 +81,7 @@ class CLI(LightningCLI):
             },
             seed_everything_default=0,
             parser_kwargs=parser_kwargs,
-            parser_class=Parser,
+            parser_class=LightningParser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )

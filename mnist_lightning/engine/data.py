@@ -13,6 +13,10 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+# Adam's moments of rarely lit pixels decay into denormal numbers, which a CPU computes many times slower, so that
+# epochs would get slower and slower. Threads take the setting over when they start: hence here, before any work.
+torch.set_flush_denormal(True)
+
 # Minibatches that are augmented at once: one at a time would take longer.
 AHEAD = 10
 

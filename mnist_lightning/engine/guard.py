@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 
-from .checkpoint_io import CheckpointError
+from .checkpoint_file import CheckpointError
 from .run import run_directory
 
 # What PyTorch's fused optimizers write to, without a look at its size.

@@ -1,4 +1,4 @@
-"""Lightning's argument parser, with errors that say in one line which setting is wrong and how."""
+"""An argument parser whose errors say in one line which setting is wrong and how. It starts without Lightning."""
 
 import difflib
 import inspect
@@ -7,9 +7,8 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, Union, get_args
 
-import lightning.pytorch as pl
+import jsonargparse
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
 
 # What Lightning does not check: the least value, and the one that means no limit.
 TRAINER_MINIMA = {
@@ -27,7 +26,7 @@ class UsageError(Exception):
     """The command or the config is wrong; the message names the setting and what to do."""
 
 
-class Parser(LightningArgumentParser):
+class Parser(jsonargparse.ArgumentParser):
     """Raises errors instead of printing them below the usage text."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -109,6 +108,8 @@ def keep_limits_whole() -> None:
     `typing` may take another module's `Optional[Union[float, int]]` for Lightning's `Optional[Union[int, float]]`, to
     which it is equal; which of them depends on the order of imports.
     """
+    import lightning.pytorch as pl
+
     annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
     for name, hint in annotations.items():
         if {int, float} <= set(get_args(hint)):

@@ -15,18 +15,17 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .data import DeviceLoader
+from .run import PROGRAM, rank
 
 # A process that did not answer for so long is taken for dead, so that a run ends within a minute. PyTorch's half hour
 # is kept for the start, where one machine may still be importing while another one waits.
 TIMEOUT = timedelta(seconds=50)
 
-PROGRAM = __name__.partition(".")[0]
 LAUNCHER = f"{PROGRAM.upper()}_LAUNCHER"
 
 
@@ -67,11 +66,6 @@ class DDP(DDPStrategy):
         if self._in_training_step and reduce_op == "mean" and self.part_weight != 1:
             tensor = tensor * self.part_weight
         return super().reduce(tensor, group, reduce_op)
-
-
-def rank() -> int:
-    """This process's number among those of the run; 0 is the first, or the only one, also before there is a Trainer."""
-    return getattr(rank_zero_only, "rank", 0)
 
 
 def agree(strategy: Strategy, number: int) -> int:
@@ -179,15 +173,3 @@ def end_with_launcher() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def leave(code: int) -> None:
-    """End this process at once where it has talked to others, with `code`.
-
-    Threads of PyTorch's may outlive the interpreter and abort it: measured in 4 of 180 processes that did nothing else.
-    """
-    if torch.distributed.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(code)

@@ -11,10 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from . import tensorboard
-from .checkpoint_io import progress
+from .checkpoint_file import progress
 from .data import DeviceDataModule
-from .processes import PROGRAM
-from .run import printable, run_directory, say
+from .run import PROGRAM, printable, run_directory, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,12 +3,25 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only  # where Lightning keeps this process's rank
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+PROGRAM = __name__.partition(".")[0]
+
+RUNS = "lightning_logs"
+"""Directory of the runs, by default."""
 
 
-def run_directory(trainer: pl.Trainer) -> Path | None:
+def rank() -> int:
+    """This process's number among those of the run; 0 is the first, or the only one, also before there is a Trainer."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def run_directory(trainer: "pl.Trainer") -> Path | None:
     """The directory of the run, that of `checkpoints/`.
 
     None where nothing is logged, as in `fast_dev_run`, and in all processes but the first, which write no files.
@@ -24,9 +37,10 @@ def run_directory(trainer: pl.Trainer) -> Path | None:
     return directory
 
 
-@rank_zero_only
 def say(line: str) -> None:
     """Print a line, in the first process. Where nobody reads any more, as after `| head`, training goes on without."""
+    if rank():
+        return
     try:
         print(line, flush=True)
     except BrokenPipeError:

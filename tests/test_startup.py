@@ -1,0 +1,77 @@
+"""How soon commands start: what each of them must not import."""
+
+import gc
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import RunCLI
+from PIL import Image
+
+from mnist_lightning.commands import COMMANDS, VAL_SIZE
+from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.engine.cli import CLI
+from mnist_lightning.engine.main import TRAINER_COMMANDS
+from mnist_lightning.engine.startup import fast_imports
+
+# Prints what a command imported, after all that the command itself prints.
+PROGRAM = """
+import sys
+from mnist_lightning.__main__ import main
+
+try:
+    code = main()
+finally:
+    print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))
+sys.exit(code)
+"""
+
+TRAINING = {"lightning", "torchmetrics", "torchvision"}
+DRAWING = {"matplotlib", "PIL"}
+OTHERS = {"tensorboard", "onnx", "onnxscript", "onnxruntime"}
+
+
+def test_no_command_imports_what_it_does_not_use(run_cli: RunCLI, tmp_path: Path, root: Path) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=7", "--test_after_fit=false") == 0
+    Image.new("L", (28, 28), 255).save(tmp_path / "digit.png")
+    unused = {
+        (): {"torch"} | TRAINING | DRAWING,
+        ("--help",): {"torch"} | TRAINING | DRAWING,
+        ("fti",): {"torch"} | TRAINING | DRAWING,
+        ("data", "--data.dataset=synthetic", f"--data.root={root}"): TRAINING,
+        ("read", "digit.png"): TRAINING,
+        ("demo", "--no-open"): TRAINING | DRAWING,
+        ("export", "--format=safetensors", "--data.dataset=synthetic", f"--data.root={root}"): TRAINING | DRAWING,
+        ("fit", "--help"): set(),
+        ("fit", "--data.ruut=x"): set(),
+    }
+    started = {
+        command: subprocess.Popen([sys.executable, "-c", PROGRAM, *command], stdout=subprocess.PIPE, text=True)
+        for command in unused
+    }
+    for command, process in started.items():
+        output, _ = process.communicate(timeout=200)
+        imported = set(output.rpartition("imported:")[2].split())
+        assert "mnist_lightning" in imported, command
+        assert not imported & (unused[command] | OTHERS), command
+
+
+def test_what_is_written_twice_is_the_same() -> None:
+    """Here, since each command would have to import Lightning for it."""
+    assert inspect.signature(MNISTDataModule).parameters["val_size"].default == VAL_SIZE
+    assert CLI.subcommands().keys() == TRAINER_COMMANDS.keys()
+    assert not COMMANDS.keys() & TRAINER_COMMANDS.keys()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled: bool) -> None:
+    try:
+        gc.enable() if enabled else gc.disable()
+        with fast_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+        gc.unfreeze()
