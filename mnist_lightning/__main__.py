@@ -1,10 +1,8 @@
 """`python -m mnist_lightning`: the commands. Each imports what it uses when it runs, so that it starts soon."""
 
-import sys
-
 from mnist_lightning.commands import COMMANDS
 from mnist_lightning.engine import main as engine
-from mnist_lightning.engine.startup import fast_imports
+from mnist_lightning.engine.startup import fast_imports, leave
 
 
 def main(*classes: type) -> int:
@@ -23,5 +21,10 @@ def main(*classes: type) -> int:
     return engine.main(train, {} if classes else COMMANDS, "Train a two-layer network to read handwritten digits.")
 
 
+def run() -> None:
+    """Run the command line in a process of its own."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mnist_lightning import Trainer
 from mnist_lightning.engine.data import DeviceDataModule, DeviceLoader
-from mnist_lightning.engine.main import leave
+from mnist_lightning.engine.main import end_among_others
 
 StartAll = Callable[..., list[BaseProcess]]
 Found = TypeVar("Found")
@@ -344,7 +344,7 @@ def fit_in_process(directory: Path, rank: int, port: int, trainer_class: Any, ma
     if rank == 0:
         left["curves"] = curves.read_text() if curves.exists() else ""
     torch.save(left, directory / f"{rank}.pt")
-    leave(0)
+    end_among_others(0)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def main(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
         several processes, none returns: each exits with it.
     """
     code = _run(train, commands, description)
-    leave(code)
+    end_among_others(code)
     return code
 
 
@@ -53,7 +53,7 @@ def _run(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
     except SystemExit as exit_:
         if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's way to end
             return _fail("interrupted", 128 + signal.SIGINT)
-        raise
+        return exit_.code if isinstance(exit_.code, int) else 0  # of SIGTERM, or 0 after `--help`
     except UsageError as error:
         return _fail(error, 2)
     except Exception as error:
@@ -97,7 +97,7 @@ def _fail(error: Exception | str, code: int) -> int:
     return code
 
 
-def leave(code: int) -> None:
+def end_among_others(code: int) -> None:
     """End this process at once where it has talked to others, with `code`.
 
     Threads of PyTorch's may outlive the interpreter and abort it: measured in 4 of 180 processes that did nothing else.

@@ -1,17 +1,19 @@
-"""What makes a command start and end sooner: Python's garbage collector stays out of the way of imports."""
+"""What makes a command start and end sooner: Python does not go through all imported modules again and again."""
 
 import atexit
 import contextlib
 import gc
+import os
+import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
-# At exit the interpreter would go through a million objects of imported modules once more: 1.8 s, and 0.3 s without.
-atexit.register(gc.freeze)
+_code: int | None = None
 
 
 @contextlib.contextmanager
 def fast_imports() -> Iterator[None]:
-    """Import in it: else the garbage collector goes through all modules again and again, a third of the time."""
+    """Import in it: the garbage collector, which finds nothing there, would take a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -20,3 +22,20 @@ def fast_imports() -> Iterator[None]:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`, but do not take apart a million objects of imported modules, which takes 1.8 s."""
+    global _code
+    _code = code
+    sys.exit(code)
+
+
+@atexit.register  # before all others, so that it is called last
+def _end() -> None:
+    gc.freeze()
+    if _code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_code)
