@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -68,11 +67,15 @@ def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any], metrics: Sequ
 
 
 def log_picture(trainer: pl.Trainer, tag: str, path: Path, step: int) -> None:
-    """Show a PNG file: `add_figure` would lay a figure out and draw it once more."""
+    """Show a PNG file as it is: `add_figure` would draw the figure once more, `add_image` compress it once more."""
     from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
+    with Image.open(path) as picture:
+        width, height = picture.size
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=path.read_bytes())
     for writer in _writers(trainer):
-        writer.add_image(tag, np.asarray(Image.open(path)), step, dataformats="HWC")
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def _writers(trainer: pl.Trainer) -> Iterator[Any]:
