@@ -92,8 +92,12 @@ class FusedStep:
         aten.threshold_backward.grad_input(self.hidden_grad, self.hidden, 0, grad_input=self.hidden_grad)
         torch.mm(self.hidden_grad.t(), images, out=hidden_weight_grad)
         torch.sum(self.hidden_grad, 0, out=hidden_bias_grad)
+        self.update()
+        return loss
 
-        torch._foreach_add_(self.steps, 1)
+    def update(self) -> None:
+        """AdamW, of the gradients that are there."""
+        torch._foreach_add_(self.steps, self.one, alpha=1)
         torch._fused_adamw_(
             self.parameters,
             self.gradients,
@@ -111,4 +115,3 @@ class FusedStep:
             grad_scale=None,
             found_inf=None,
         )
-        return loss

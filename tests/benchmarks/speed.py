@@ -6,6 +6,7 @@
     python tests/benchmarks/speed.py --root data --processes     # the command `fit` on one process and on two
     python tests/benchmarks/speed.py --root data --whole         # whole commands, from Enter to the prompt
     python tests/benchmarks/speed.py --root data --beside        # `fit` beside other processes
+    python tests/benchmarks/speed.py --root data --parts         # microseconds of the parts of a step
 
 All contestants train on the same 55,000 images with the same recipe, an epoch each in turn, so that a machine that gets
 slower gets slower for all; then each reads the test set, so that nobody is fast by doing less. Each has a process
@@ -40,6 +41,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from parts import parts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
@@ -492,13 +494,14 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="directory of the data, as --data.root")
     parser.add_argument("--dataset", default="auto", choices=("auto", "mnist", "synthetic"))
     parser.add_argument("--epochs", type=int, default=10, help="at least 2")
-    parser.add_argument("--rounds", type=int, default=5, help="of --whole and --beside")
+    parser.add_argument("--rounds", type=int, default=5, help="of --whole, --beside and --parts")
     measure = parser.add_mutually_exclusive_group()
     for option, function, text in (
         ("--scaling", scaling, "vary the size of network, minibatch and training set"),
         ("--progress-bar", progress_bar, "compare our Trainer with and without a progress bar in a terminal"),
         ("--processes", processes, "compare the command `fit` on one process and on two"),
         ("--whole", whole, "compare the whole command `fit` with bare scripts (on MNIST)"),
+        ("--parts", parts, "time the parts of one optimizer step"),
         ("--beside", beside, "compare `fit` alone, beside busy processes, and twice at once (on MNIST)"),
     ):
         measure.add_argument(option, dest="measure", action="store_const", const=function, default=compare, help=text)
