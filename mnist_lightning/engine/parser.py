@@ -44,7 +44,11 @@ class Parser(jsonargparse.ArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a config file; errors in its syntax or its values name it and, where it is no YAML, the line."""
         try:
-            return super().parse_path(path, *args, **kwargs)
+            config = super().parse_path(path, *args, **kwargs)
+            for action in self._actions:
+                if hasattr(action, "apply_on") and action.target[0] in config:  # a link, which would overrule it
+                    raise UsageError(f"{action.target[0]} is not set by itself; give {action.source[0][0]}")
+            return config
         except (UsageError, OSError, ValueError) as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, yaml.MarkedYAMLError):
@@ -71,6 +75,7 @@ def shorter(message: str) -> str:
 
     message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
     message = re.sub(r"- Expected a path but .*\n\s*- ", "", message)
+    message = re.sub(r'Linked "(.*)" must be given via "(.*)"\.', r"\1 is not set by itself; give \2", message)
     return re.sub(
         r"(?s)Does not validate.*?Errors:((\n *- ).*?)\s*Given value type:.*?Given value: (.*)", choose, message
     )
