@@ -10,15 +10,16 @@ import lightning.pytorch as pl
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from . import processes
-from .checkpoint_file import CheckpointError, find, read, write_whole
+from .checkpoint_file import CheckpointError, find, read
 from .checkpoint_io import CheckpointIO
 from .checkpoints import BestAndLast, FiniteLosses
+from .config import SaveConfig
 from .guard import ExactResumption, refuse_manual_optimization
 from .loop import Trainer
 from .main import TRAINER_COMMANDS
@@ -30,21 +31,6 @@ from .tensorboard import RunLogger
 
 class LightningParser(Parser, LightningArgumentParser):
     """Lightning's argument parser, with errors in one line."""
-
-
-class SaveConfig(SaveConfigCallback):
-    """Saves `config.yaml` when training begins: a run that cannot be resumed keeps its own."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Save at once where nothing is trained."""
-        if stage == "fit":
-            self.already_saved = True  # also for the test that comes after
-        super().setup(trainer, pl_module, stage)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, in one step: a resumed run needs its config."""
-        if run := run_directory(trainer):
-            write_whole(run / "config.yaml", self.parser.dump(self.config, skip_none=False).encode())
 
 
 class CLI(LightningCLI):
@@ -145,7 +131,8 @@ class CLI(LightningCLI):
         for name, value in hparams.items():
             # A default was asked for by nobody, unless it stands in the run's own config.
             if settings[name] not in (value, value if self._run else defaults[name]):
-                raise UsageError(f"model.{name} is {settings[name]}, but the checkpoint was trained with {value}")
+                ways = "; leave that out, or give it to a new run, without --ckpt_path" if fits else ""
+                raise UsageError(f"model.{name} is {settings[name]}, but the checkpoint was trained with {value}{ways}")
         self.config = parser.parse_object({command: {"model": hparams}}, self.config)
         if fits and self.config[command].data.get("dataset") == "auto":
             found = {"dataset": checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")}
@@ -225,6 +212,9 @@ class CLI(LightningCLI):
             best = None
             if self._best_and_last and self.config.fit.test_weights == "best":
                 best = self._best_and_last.best(self.trainer)
+            # It would load the weights that it averages, not their average, which was validated and saved.
+            callbacks = self.trainer.callbacks
+            self.trainer.callbacks = [each for each in callbacks if not isinstance(each, WeightAveraging)]
             # The hyperparameters and the graph are logged already.
             self.trainer.enable_autolog_hparams = False
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
