@@ -64,6 +64,13 @@ RUNS = {
     ],
     "double_precision": ["--checkpoint_every=4", "--trainer.precision=64-true"],
     "max_steps": ["--checkpoint_every=5", "--trainer.max_steps=EPOCHS0"],
+    "moving_average": ["--checkpoint_every=3", "--trainer.callbacks=EMAWeightAveraging"],
+    "average_of_epochs": [
+        "--checkpoint_every=4",
+        "--trainer.callbacks=StochasticWeightAveraging",
+        "--trainer.callbacks.swa_lrs=0.01",
+        "--trainer.callbacks.swa_epoch_start=2",
+    ],
 }
 
 

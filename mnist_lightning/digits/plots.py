@@ -145,7 +145,8 @@ def training_curves(train: Tensor, val: Tensor, heading: str) -> Figure:
     panels = (("loss (nats)", 1, "upper right"), ("accuracy (%)", 100, "lower right"))
     for column, (axes, (name, scale, corner)) in enumerate(zip(figure.subplots(1, 2), panels, strict=True), 1):
         (x, y), (val_x, val_y) = (rows[:, [0, column]].T.numpy() for rows in (train, val))
-        axes.plot(x, y * scale, color=TRAIN_COLOR, alpha=0.7, lw=1, label="training minibatch")
+        marker = "o" if len(x) == 1 else ""
+        axes.plot(x, y * scale, color=TRAIN_COLOR, marker=marker, ms=4, alpha=0.7, lw=1, label="training minibatch")
         axes.plot(val_x, val_y * scale, color=VAL_COLOR, marker="o", ms=4, label="validation")
         axes.set(xlabel="iteration", ylabel=name)
         axes.grid(alpha=0.25)

@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .checkpoint_file import CheckpointError
@@ -17,7 +19,7 @@ KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_bu
 
 
 class ExactResumption(pl.Callback):
-    """Holds the lock on a run's directory, and refuses to resume what would not go on exactly.
+    """Holds the lock on a run's directory, ends a run that had ended early, and refuses what would not go on exactly.
 
     Raises:
         MisconfigurationException: Another process trains in the directory; or the checkpoint is from a run by manual
@@ -30,6 +32,7 @@ class ExactResumption(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["iterations_per_epoch"] = trainer.num_training_batches
+        checkpoint["stopped_early"] = trainer.should_stop and early_stopping(trainer) is not None
 
     def on_load_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
         self._checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING else {}
@@ -44,6 +47,9 @@ class ExactResumption(pl.Callback):
             refuse_manual_optimization(self._checkpoint)
             _restore_schedules(trainer, self._checkpoint)
             _check_optimizers(trainer, self._checkpoint)
+            # Else Lightning would train another epoch before it asks again.
+            if self._checkpoint.get("stopped_early") and early_stopping(trainer):
+                trainer.should_stop = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         then, now = self._checkpoint.get("iterations_per_epoch"), trainer.num_training_batches
@@ -53,6 +59,13 @@ class ExactResumption(pl.Callback):
                 f"an epoch has {now} iterations, but the checkpoint was trained with {then}; give the same "
                 "trainer.limit_train_batches to resume it"
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging) and trainer.fit_loop.restarted_mid_epoch:
+                # It restores its schedule as an epoch starts, which this one did before the checkpoint.
+                rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+                callback.on_train_epoch_start(trainer, pl_module)
+                for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
+                    group["lr"] = rate
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._release_lock()
@@ -80,6 +93,12 @@ class ExactResumption(pl.Callback):
             self._lock = None
 
 
+def early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
+    """The Trainer's `EarlyStopping` that has found a reason to stop, if one has."""
+    callbacks = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # type: ignore[attr-defined]
+    return next((c for c in callbacks if c.stopping_reason != EarlyStoppingReason.NOT_STOPPED), None)
+
+
 def refuse_manual_optimization(checkpoint: dict[str, Any]) -> None:
     """Refuse a checkpoint of this program's older versions, which took several steps in one `training_step`.
 
@@ -103,6 +122,13 @@ def _restore_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     Raises:
         MisconfigurationException: The checkpoint's schedule has another length.
     """
+    states = checkpoint["callbacks"]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging) and states.get(callback.state_key, {}).get(
+            "scheduler_state"
+        ):
+            checkpoint["lr_schedulers"] = []  # it has put its own in the place of ours, and restores that itself
+            return
     schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
     saved = checkpoint.get("lr_schedulers", [])
     lengths, trained_with = ([state.get("total_steps") for state in states] for states in (schedules, saved))

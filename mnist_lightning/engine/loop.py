@@ -65,6 +65,7 @@ class QuietLoop(_TrainingEpochLoop):
     """Lightning's loop over an epoch's iterations: it visits those that are observed, and runs the others quietly."""
 
     _step: QuietStep | None = None
+    _validates_to_stop = False
 
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Run an epoch. Its first iteration is visited: what follows is decided by what it left."""
@@ -91,12 +92,23 @@ class QuietLoop(_TrainingEpochLoop):
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
         """Validate if it is due. Otherwise call the callbacks' `on_iteration_end`."""
-        validates = self._should_check_val_fx(data_fetcher)
+        validates, stops = self._should_check_val_fx(data_fetcher), self.trainer.should_stop
+        self.trainer.should_stop = False
+        self._validates_to_stop = validates and not self._should_check_val_fx(data_fetcher)
+        self.trainer.should_stop = stops
         super().on_advance_end(data_fetcher)
+        self._validates_to_stop = False
         if not validates and not self.batch_progress.is_last_batch:
             for callback in self.trainer.callbacks:
                 if over := getattr(callback, "on_iteration_end", None):
                     over(self.trainer)
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Lightning's state. A run that goes on from a validation made for its end alone does not come back to it."""
+        state: dict[str, Any] = super().on_save_checkpoint()
+        # Lightning counts the iteration of a validation after it, and a run resumed from within when it skips it.
+        state["_batches_that_stepped"] += self._validates_to_stop
+        return state
 
     def _run_quietly(self, fetcher: _DataFetcher) -> bool:
         """Run iterations up to the next observed one; return True if one of them asked to stop."""

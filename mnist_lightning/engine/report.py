@@ -12,7 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from . import tensorboard
 from .checkpoint_file import progress
+from .checkpoints import Stopped
 from .data import DeviceDataModule
+from .guard import early_stopping
 from .run import PROGRAM, printable, run_directory, say
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Report(pl.Callback):
         self.has_begun = False  # training has, in this process
         self._seconds_of_resumed_runs = 0.0
         self._started: float | None = None
+        self._validated: list[float] = []  # sums of the weights that were validated last
+        self._is_validated = True  # the weights that training left
         self._since = 0.0, 0  # when examples were counted last, and after how many iterations
 
     @property
@@ -88,6 +92,10 @@ class Report(pl.Callback):
                     longer = "so is the schedule of its learning rate, and it cannot be trained longer"
                 say(f"This run is done, at iteration {iteration:,}; {longer}")
                 return
+        if trainer.should_stop and (stopped := early_stopping(trainer)):
+            why = str(stopped.stopping_reason_message).removesuffix(" Signaling Trainer to stop.")
+            say(f"This run is done, at iteration {iteration:,}; {why} To train longer, leave EarlyStopping out")
+            return
         parameters = f"{sum(weight.numel() for weight in pl_module.parameters()):,} parameters on {pl_module.device}"
         seed = _settings(trainer).get("seed")
         say(f"Training on {self._dataset}{_sizes(trainer)}; {parameters}, seed {seed}")
@@ -111,9 +119,7 @@ class Report(pl.Callback):
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
         if not is_due or (metrics := _metrics(trainer, "train")) is None:
             return
-        loss, acc = metrics
-        self.train.append([iteration, loss, acc])
-        say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
+        self._say_train(iteration, *metrics)
         (then, before), now = self._since, time.perf_counter()
         self._since = now, iteration
         batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
@@ -134,7 +140,13 @@ class Report(pl.Callback):
         metrics = f"validation loss: {loss:.2f}, validation accuracy: {acc:.1%}"
         say(f"Epoch: {trainer.current_epoch + 1}, {metrics}" if fitting else metrics.capitalize())
 
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = _sums(pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A callback may have put an average in their place.
+        self._is_validated = self._validated == _sums(pl_module)
+        self._log_short_run(trainer)
         self._seconds_of_resumed_runs, self._started = self.train_seconds, None
         self._write_results(trainer)
 
@@ -151,6 +163,25 @@ class Report(pl.Callback):
             say(f"Test loss: {measured[0]:.2f}, test accuracy: {measured[1]:.1%}")
         self._write_results(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Stopped):
+            self._log_short_run(trainer)
+
+    def _log_short_run(self, trainer: pl.Trainer) -> None:
+        """Log the last iteration, where the run was shorter than `log_every_n_steps`.
+
+        It stands one step after Lightning's, where a run that goes on takes it back.
+        """
+        logs = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if logs and not self.train and (metrics := _metrics(trainer, "train")):
+            self._say_train(trainer.global_step, *metrics)
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/loss": metrics[0], "train/acc": metrics[1]}, trainer.global_step)
+
+    def _say_train(self, iteration: int, loss: float, acc: float) -> None:
+        self.train.append([iteration, loss, acc])
+        say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
+
     def _write_results(self, trainer: pl.Trainer) -> None:
         folder = run_directory(trainer)
         if folder is None:
@@ -164,7 +195,7 @@ class Report(pl.Callback):
         }
         # Validation of the very weights that are tested, if it was on the same dataset.
         iteration, dataset = self._loaded or (trainer.global_step, results["dataset"])
-        for row in self.val:
+        for row in self.val if self._loaded or self._is_validated else []:
             if row[0] == iteration and dataset == results["dataset"]:
                 results |= {"val/loss": row[1], "val/acc": row[2]}
         if measured := _metrics(trainer, "test"):
@@ -216,6 +247,10 @@ def _sizes(trainer: pl.Trainer) -> str:
         return ""
     train, val = (len(targets) for _, targets in splits)
     return f": {train:,} images, {val:,} for validation"
+
+
+def _sums(module: pl.LightningModule) -> list[float]:
+    return [parameter.sum().item() for parameter in module.parameters()]
 
 
 def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float] | None:
