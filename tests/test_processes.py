@@ -101,6 +101,26 @@ def start_all(start: Start) -> StartAll:
     return start_all
 
 
+def test_a_run_says_that_it_waits_for_another_machine_and_heeds_signals(
+    tmp_path: Path, root: Path, start: Start
+) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        port, output = free_port(), tmp_path / f"{signum}.txt"
+        two, alone = [*small(root), "--trainer.num_nodes=2"], {"MASTER_PORT": str(port)}
+        process = start(tmp_path, two, output.name, alone)
+        while process.is_alive() and "Waiting" not in output.read_text():
+            time.sleep(0.05)
+        assert process.pid
+        os.kill(process.pid, signum)
+        process.join(10)
+        assert process.exitcode == 128 + signum
+        waiting, stopped = output.read_text().splitlines()
+        what = f"until all 2 processes meet at 127.0.0.1:{port}; start this on all 2 machines, by torchrun or with "
+        assert waiting.startswith(f"Waiting {what}MASTER_ADDR")
+        assert stopped.startswith(f"mnist_lightning: stopped while it waited {what}MASTER_ADDR")
+        assert not list(tmp_path.glob("lightning_logs"))
+
+
 def ended(processes: list[BaseProcess], seconds: float = 60) -> list[int | None]:
     """The exit codes, once all have ended; None for those that have not by then."""
     deadline = time.monotonic() + seconds

@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import select
+import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +52,17 @@ class DDP(DDPStrategy):
         loader = self.lightning_module.trainer.train_dataloader
         return loader.part_weight if isinstance(loader, DeviceLoader) else 1.0
 
+    def setup_environment(self) -> None:
+        """Lightning's meeting of all processes; where it takes long, a line says what is waited for."""
+        environment, machines = self.cluster_environment, self.num_nodes
+        assert environment
+        place = f"{environment.main_address}:{environment.main_port}"
+        what = f"until all {self.num_processes * machines} processes meet at {place}"
+        if machines > 1:
+            what += f"; start this on all {machines} machines, by torchrun or with MASTER_ADDR, MASTER_PORT, NODE_RANK"
+        with _waiting(what, 5 if machines > 1 else 60):
+            super().setup_environment()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's training step; `reduce` is told of it."""
         self._in_training_step = True
@@ -66,6 +81,38 @@ class DDP(DDPStrategy):
         if self._in_training_step and reduce_op == "mean" and self.part_weight != 1:
             tensor = tensor * self.part_weight
         return super().reduce(tensor, group, reduce_op)
+
+
+@contextlib.contextmanager
+def _waiting(what: str, seconds: float) -> Iterator[None]:
+    """Say what is waited for after some seconds, and end at a signal: inside PyTorch, Python would not heed it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def tell(line: str) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                print(line, file=sys.stderr, flush=True)
+
+    def listen() -> None:
+        with reader:
+            if not select.select([reader], [], [], seconds)[0]:
+                tell(f"Waiting {what}")
+            while received := reader.recv(1):  # nothing, once the other end is closed
+                if received[0] in (signal.SIGINT, signal.SIGTERM):
+                    tell(f"{PROGRAM}: stopped while it waited {what}")
+                    os._exit(128 + received[0])
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
+    with writer:
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 def agree(strategy: Strategy, number: int) -> int:
