@@ -1,5 +1,6 @@
 """The commands without a Trainer: `data`, `read` for pictures, `demo` and `export`. They start without Lightning."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,6 +19,8 @@ VAL_SIZE = 5000  # what `MNISTDataModule` holds out for validation by default
 # Test digits that an exported network has to read as PyTorch does.
 COMPARED = 1000
 
+TEXT_BROWSERS = {"www-browser", "links", "elinks", "lynx", "w3m"}  # those that Python's `webbrowser` looks for
+
 
 def data(arguments: list[str]) -> None:
     """Get and verify the data, and print what the tutorial prints of them."""
@@ -34,16 +37,16 @@ def data(arguments: list[str]) -> None:
     name = files.NAMES[files.dataset_in(raw)]
     (images, labels), test = files.read(raw, "train"), files.read(raw, "t10k")
     train, val = (images[VAL_SIZE:], labels[VAL_SIZE:]), (images[:VAL_SIZE], labels[:VAL_SIZE])
-    print(f"Dataset: {name}")
+    say(f"Dataset: {name}")
     for split, (images, labels) in {"Training": train, "Validation": val, "Test": test}.items():
-        print(f"{split}: {len(labels):,} digits, images {tuple(images.shape)}, labels {tuple(labels.shape)}")
-    print("First five validation labels, one-hot:")
+        say(f"{split}: {len(labels):,} digits, images {tuple(images.shape)}, labels {tuple(labels.shape)}")
+    say("First five validation labels, one-hot:")
     for label, row in zip(val[1][:5], F.one_hot(val[1][:5], CLASSES), strict=True):
-        print(f"  {label}: {' '.join(map(str, row.tolist()))}")
+        say(f"  {label}: {' '.join(map(str, row.tolist()))}")
     images, labels = train[0][:9].float() / 255, train[1][:9]
     titles = [f"True: {label}" for label in labels]
     plots.digit_grid(images, titles, f"{name}: training digits").savefig(config.figure, dpi=120)
-    print(f"Figure: {config.figure}")
+    say(f"Figure: {config.figure}")
 
 
 def read(arguments: list[str]) -> None:
@@ -71,8 +74,7 @@ def read(arguments: list[str]) -> None:
         raise UsageError(str(error)) from error
     if Path(config.figure).resolve() in map(Path.resolve, paths):
         raise UsageError(f"figure: {config.figure} is one of the pictures to read; give another --figure")
-    mlp, trained_on, checkpoint = _network(config.ckpt_path, config.runs)
-    say(printable(f"Weights: {checkpoint}, {trained_on}"))
+    mlp, _ = _network(config.ckpt_path, config.runs)
 
     console = Console(stderr=True)
     hidden = len(paths) < pictures.MANY or not console.is_terminal
@@ -103,16 +105,14 @@ def demo(arguments: list[str]) -> None:
     parser.add_argument("--output", type=str, default="demo.html", help="HTML file to write")
     parser.add_argument("--open", type=bool, default=True, help="Open it in the browser")
     config = parser.parse_args(["--open=false" if argument == "--no-open" else argument for argument in arguments])
-    mlp, trained_on, _ = _network(config.ckpt_path, config.runs)
+    mlp, trained_on = _network(config.ckpt_path, config.runs)
     with fast_imports():
-        import webbrowser
-
         from mnist_lightning.share.demo import page
     output = Path(config.output)
     output.write_text(page(mlp, trained_on), encoding="utf-8")
-    print(f"Page: {output}, {output.stat().st_size / 1e6:.1f} MB; the network in it was trained on {trained_on}")
-    if config.open and not webbrowser.open(output.resolve().as_uri()):
-        print("No browser was found here; open the file in one")
+    say(f"Page: {output}, {output.stat().st_size / 1e6:.1f} MB")
+    if config.open and not _open(output):
+        say("No browser with windows was found here; open the file in one")
 
 
 def export_network(arguments: list[str]) -> None:
@@ -126,12 +126,22 @@ def export_network(arguments: list[str]) -> None:
     parser.add_argument("--format", type=Format, required=True, help=f"One of {', '.join(get_args(Format))}")
     parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors")
     config = parser.parse_args(arguments)
-    mlp, trained_on, _ = _network(config.ckpt_path, config.runs)
+    mlp, trained_on = _network(config.ckpt_path, config.runs)
     images, _ = files.read(files.get(config.data.dataset, Path(config.data.root)), "t10k")
     pixels = images[:COMPARED].float() / 255
     path, difference = export(mlp, config.format, config.output, pixels, trained_on)
-    print(f"Network: {path}, {path.stat().st_size / 1e6:.1f} MB, trained on {trained_on}")
-    print(f"Read back: the logits of {len(pixels):,} test digits differ from PyTorch's by {difference:.1e} at most")
+    say(f"Network: {path}, {path.stat().st_size / 1e6:.1f} MB, trained on {trained_on}")
+    say(f"Read back: the logits of {len(pixels):,} test digits differ from PyTorch's by {difference:.1e} at most")
+
+
+def _open(page: Path) -> bool:
+    """Open a page in a browser, unless it is one that takes over the terminal, as over SSH, and runs no script."""
+    import webbrowser
+
+    with contextlib.suppress(webbrowser.Error):  # there is none
+        if Path(getattr(webbrowser.get(), "name", "")).name not in TEXT_BROWSERS:
+            return webbrowser.open(page.resolve().as_uri())
+    return False
 
 
 COMMANDS = {"data": data, "read": read, "demo": demo, "export": export_network}
@@ -158,8 +168,8 @@ def _add_checkpoint(parser: Parser) -> None:
     parser.add_argument("--runs", type=str, default=RUNS, help="Directory of the runs")
 
 
-def _network(ckpt_path: str, runs: str) -> tuple["MLP", str, Path]:
-    """The network of a checkpoint, in float32 and for reading only; in words what it was trained on; and its file."""
+def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
+    """The network of a checkpoint, in float32 and for reading only; in words what it was trained on."""
     with fast_imports():
         from torch.nn import ModuleDict
 
@@ -178,7 +188,12 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str, Path]:
     network = classifier(**checkpoint["hyper_parameters"])
     network.load_state_dict(checkpoint["state_dict"])
     dataset = checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")
-    trained_on = f"{files.NAMES.get(dataset, dataset)}, {checkpoint['global_step']:,} iterations"
+    trained_on = printable(f"{files.NAMES.get(dataset, dataset)}, {checkpoint['global_step']:,} iterations")
+    say(printable(f"Weights: {path}, trained on {trained_on}"))
     mlp = network["mlp"].float().eval().requires_grad_(False)
     assert isinstance(mlp, MLP)
-    return mlp, printable(trained_on), path
+    return mlp, trained_on
+
+
+if __name__ == "__main__":
+    raise SystemExit("run `python -m mnist_lightning`")

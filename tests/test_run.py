@@ -419,7 +419,7 @@ def test_checkpoints_of_the_older_version_are_read_but_not_resumed(
     assert run_cli("test", "--ckpt_path=last") == 0
     captured = capsys.readouterr()
     assert not captured.err
-    assert captured.out.splitlines()[0] == "Weights of iteration 22, trained on synthetic"
+    assert captured.out.splitlines()[0] == f"Weights of iteration 22, trained on synthetic: {run}/checkpoints/last.ckpt"
     assert tested in captured.out.splitlines()
     assert run_cli("predict", "--ckpt_path=last") == 0
     picture = Image.fromarray(255 - prepare("synthetic", root).test[0][0].view(28, 28).numpy())
@@ -497,7 +497,8 @@ def test_a_test_says_what_was_trained_on_what(
     capsys.readouterr()
     assert run_cli("test", "--ckpt_path=best", *mnist, data=False) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["Weights of iteration 11, trained on stand-in digits (not MNIST)", "Reading MNIST"]
+    best = "lightning_logs/version_0/checkpoints/best.ckpt"
+    assert out[:2] == [f"Weights of iteration 11, trained on stand-in digits (not MNIST): {best}", "Reading MNIST"]
     run = tmp_path / "lightning_logs/version_1"
     results = json.loads((run / "results.json").read_text())
     assert (results["dataset"], results["iterations"]) == ("mnist", 11)

@@ -1,6 +1,13 @@
 """Settings that users give: Lightning's callbacks and loggers, one seed, and what a run leaves of them."""
 
 import json
+import logging
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +17,14 @@ import pytest
 import torch
 import yaml
 from conftest import RunCLI, assert_the_same, everything
+from PIL import Image
+from rich.progress import Progress
 from test_run import events, steps
+
+from mnist_lightning.__main__ import main
+from mnist_lightning.engine.training import SILENT
+
+ROOT = Path(__file__).parent.parent
 
 SHORT = ["--model.hidden_dim=8", "--test_after_fit=false"]
 
@@ -169,3 +183,194 @@ def test_another_learning_rate_is_refused_with_two_ways(run_cli: RunCLI, capsys:
     assert run_cli("fit", "--ckpt_path=last", "--model.learning_rate=0.1") == 2
     error = capsys.readouterr().err
     assert "trained with 0.001; leave that out, or give it to a new run, without --ckpt_path" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--trainer.callbacks=EarlyStopping"],
+            "EarlyStopping needs monitor; give it with --trainer.callbacks.monitor",
+        ),
+        (
+            ["--trainer.callbacks+=EarlyStopping"],
+            "EarlyStopping needs monitor; give it with --trainer.callbacks.monitor",
+        ),
+        (["--trainer.callbacks=[EarlyStopping,Timer]"], "the following arguments are required: monitor"),
+        (
+            ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitr=x"],
+            "no setting monitr; did you mean monitor?",
+        ),
+        (["--config=callbacks.yaml"], "callbacks.yaml: Parser key "),
+        (["--config=callbacks.yaml"], "there is no setting monitr; did you mean monitor?"),
+        ([*PATIENT, "--trainer.callbacks.patience=abc"], 'key "patience": Expected a int. Got value: abc'),
+        ([*PATIENT, "--trainer.callbacks.mode=sideways"], "`mode` can be min, max, got sideways"),
+        (["--trainer.callbacks=EarlyStoppin"], 'key "trainer.callbacks": This value is not allowed: EarlyStoppin'),
+        (["--trainer.logger=CSVLogger"], "CSVLogger needs save_dir; give it with --trainer.logger.save_dir"),
+        (["--trainer.logger.save_dir=."], "of which lightning.pytorch.loggers.Logger? Name its class first"),
+        (["--trainer.logger=MLFlowLogger"], "Try running `pip install -U 'mlflow>=1.0.0'`"),
+        (["--trainer.logger=[MLFlowLogger]"], "Try running `pip install -U 'mlflow>=1.0.0'`"),
+        (["--trainer.logger=nowhere.Logger"], "No module named 'nowhere'"),
+        (["--trainer.profiler=SimpleProfiler", "--trainer.profiler.x=3"], "there is no setting x"),
+        (
+            ["--trainer.plugins=MixedPrecision"],
+            "MixedPrecision needs precision, device; give it with --trainer.plugins",
+        ),
+        (["--data.batch_size+=3"], "data.batch_size is no list that + could add to; give --data.batch_size"),
+    ],
+)
+def test_errors_name_their_cause(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    Path("callbacks.yaml").write_text(
+        "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitr: val/loss}}]}\n"
+    )
+    assert run_cli("fit", *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert "Namespace" not in error
+    assert "NestedArg" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["callbacks.yaml"]
+
+
+@pytest.mark.parametrize("arguments", [["--config=a.yaml", "fit"], ["--seed_everything", "3", "fit"], ["-c", "a.yaml"]])
+def test_the_command_comes_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mnist_lightning", *arguments])
+    assert main() == 2
+    setting = arguments[0]
+    assert capsys.readouterr().err.endswith(f": the command comes first, and its settings after it: fit {setting}\n")
+
+
+def test_text_where_a_list_is_wanted(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("read.yaml").write_text("paths: a.png\n")
+    assert run_cli("read", "--config=read.yaml", data=False) == 2
+    assert "read.yaml: paths: a list is wanted" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_directory_everywhere(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "root.yaml").write_text("trainer:\n  default_root_dir: ~/runs\n  max_epochs: 1\n")
+    Image.new("L", (28, 28), 255).save(home / "digit.png")
+    settings = ["--config=~/root.yaml", *SHORT]
+    assert run_cli("fit", *settings) == 0
+    assert run_cli("fit", *settings, "--ckpt_path=last", "--trainer.max_epochs=2") == 0
+    assert run_cli("test", "--ckpt_path=~/runs/lightning_logs/version_0/checkpoints/last.ckpt") == 0
+    runs = "--runs=~/runs/lightning_logs"
+    assert run_cli("demo", runs, "--no-open", "--output=~/page.html", data=False) == 0
+    read = ["--csv=~/read.csv", "--figure=~/read.png"]
+    assert run_cli("read", "~/*.png", runs, *read, data=False) == 0
+    assert run_cli("export", runs, "--format=safetensors", "--output=~/weights") == 0
+    assert run_cli("data", "--figure=~/digits.png") == 0
+    assert capsys.readouterr().err == ""
+    assert {path.name for path in home.iterdir()} == {
+        *("root.yaml", "digit.png", "runs", "page.html", "read.csv", "read.png", "weights", "digits.png")
+    }
+    assert [path.name for path in here.iterdir()] == ["lightning_logs"]  # of the test
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ["--trainer.default_root_dir=there"],
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=there"],
+        ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=there", "--trainer.logger.name=mine"],
+    ],
+    ids=["default_root_dir", "CSVLogger", "TensorBoardLogger"],
+)
+def test_runs_are_looked_for_where_they_are_written(
+    run_cli: RunCLI, capsys: pytest.CaptureFixture[str], place: list[str]
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=7", "--test_after_fit=false") == 0
+    assert run_cli("fit", "--trainer.max_epochs=2", *SHORT, *place) == 0
+    (best,) = Path("there").glob("*/version_0/checkpoints/best.ckpt")
+    capsys.readouterr()
+    assert run_cli("test", "--ckpt_path=best", *place) == 0
+    assert re.match(rf"Weights of iteration \d+, trained on .*: {best}\n", capsys.readouterr().out)
+    for command in (["demo", "--no-open"], ["export", "--format=safetensors"]):
+        assert run_cli(*command, f"--runs={best.parents[2]}", data=command[0] != "demo") == 0
+        assert re.match(rf"Weights: {best}, trained on .* iterations\n", capsys.readouterr().out)
+    assert run_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=3", *place) == 0
+    assert f"Resuming {best.with_name('last.ckpt')} after iteration 22" in capsys.readouterr().out
+
+
+def test_best_is_not_that_of_an_older_run(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", *SHORT) == 0
+    assert run_cli("fit", "--trainer.max_steps=5", *SHORT) == 0
+    assert run_cli("test", "--ckpt_path=last") == 0
+    for command in (["demo", "--no-open"], ["read", str(ROOT / ".github/assets/misclassified.png")]):
+        capsys.readouterr()
+        assert run_cli(*command, data=False) == 2
+        none = "there is no lightning_logs/version_1/checkpoints/best.ckpt: the newest run has not come to it"
+        assert f"ckpt_path: {none}; give `last`, or a path for another run's\n" in capsys.readouterr().err
+        assert run_cli(*command, "--ckpt_path=last", data=False) == 0
+
+
+@pytest.mark.parametrize(("name", "opens"), [("/usr/bin/w3m", False), ("lynx", False), ("firefox", True)])
+def test_demo_does_not_open_a_browser_in_the_terminal(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, opens: bool
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", *SHORT) == 0
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "get", lambda: webbrowser.GenericBrowser(name))
+    monkeypatch.setattr(webbrowser, "open", lambda url: not opened.append(url))
+    assert run_cli("demo", data=False) == 0
+    assert opened == [Path("demo.html").resolve().as_uri()] * opens
+    assert ("No browser with windows was found here" in capsys.readouterr().out) is not opens
+
+
+@pytest.mark.parametrize("arguments", [["data"], ["fit", "--help"]], ids=["data", "help"])
+def test_the_reader_of_the_output_may_leave(root: Path, tmp_path: Path, arguments: list[str]) -> None:
+    small = [] if "--help" in arguments else ["--data.dataset=synthetic", f"--data.root={root}"]
+    command = shlex.join([sys.executable, "-m", "mnist_lightning", *arguments, *small])
+    pipe = ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(pipe, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["cli", "commands"])
+def test_a_module_that_is_no_program_says_which_one_is(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, f"mnist_lightning.{module}", raising=False)
+    with pytest.raises(SystemExit, match="run `python -m mnist_lightning`"):
+        runpy.run_module(f"mnist_lightning.{module}", run_name="__main__")
+
+
+@pytest.mark.parametrize(("limit", "described"), [("2", "Epoch 1/2"), ("-1", "Epoch 1 ")])
+def test_the_progress_bar_counts_epochs_as_the_lines_do(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: str, described: str
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    seen: list[str] = []
+    update = Progress.update
+
+    def note(self: Progress, task_id: Any, **fields: Any) -> None:
+        seen.append(str(fields.get("description", "")))
+        update(self, task_id, **fields)
+
+    monkeypatch.setattr(Progress, "update", note)
+    assert run_cli("fit", f"--trainer.max_epochs={limit}", "--trainer.max_steps=15", *SHORT) == 0
+    assert described.rstrip() in seen
+    assert f"Epoch 2{described.strip()[7:]}" in seen
+
+
+def test_what_users_ask_to_be_told_is_told(run_cli: RunCLI, caplog: pytest.LogCaptureFixture) -> None:
+    asked = ["--trainer.profiler=simple", "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    asked += ["--trainer.callbacks.verbose=true", "--trainer.callbacks+=ModelSummary"]
+    caplog.set_level(logging.INFO)
+    assert run_cli("fit", "--trainer.max_epochs=1", *SHORT, *asked) == 0
+    assert run_cli("fit", "--trainer.max_epochs=-1", *SHORT, "--trainer.max_time=00:00:00:01") == 0
+    # What `SILENT` does not match is printed.
+    told = [record.getMessage() for record in caplog.records if not SILENT.search(record.getMessage())]
+    for words in ("FIT Profiler Report", "Metric val/loss improved", "Total params", "Time limit reached"):
+        assert any(words in message for message in told), words

@@ -67,7 +67,7 @@ def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
 
 
 def find(name: str, runs: Path) -> Path:
-    """The file that `best` or `last` of the newest run that has one means, or a path.
+    """The file that `best` or `last` of the newest run that trained means, or a path.
 
     Raises:
         CheckpointError: There is none.
@@ -76,14 +76,19 @@ def find(name: str, runs: Path) -> Path:
         if not Path(name).is_file():
             raise CheckpointError(f"there is no checkpoint {name}")
         return Path(name)
+    # Each run has the two, if it was validated; what only tests has a directory too, and no checkpoints.
     numbered = {
-        int(match[1]): path
-        for path in runs.glob(f"version_*/checkpoints/{name}.ckpt")
-        if (match := re.fullmatch(r"version_(\d+)", path.parts[-3]))
+        int(match[1]): path.parent
+        for path in runs.glob("version_*/checkpoints/*.ckpt")
+        if path.stem in ("best", "last") and (match := re.fullmatch(r"version_(\d+)", path.parts[-3]))
     }
     if not numbered:
         raise CheckpointError(f"there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
-    return numbered[max(numbered)]
+    path = numbered[max(numbered)] / f"{name}.ckpt"
+    if not path.is_file():
+        ways = "give `last`, or a path for another run's" if name == "best" else "give a path"
+        raise CheckpointError(f"there is no {path}: the newest run has not come to it; {ways}")
+    return path
 
 
 def _load(path: Path) -> Any:

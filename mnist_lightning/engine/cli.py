@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,11 +19,12 @@ from . import processes
 from .checkpoint_file import CheckpointError, find, read
 from .checkpoint_io import CheckpointIO
 from .checkpoints import BestAndLast, FiniteLosses
-from .config import SaveConfig
+from .config import SaveConfig, runs_directory
 from .guard import ExactResumption, refuse_manual_optimization
 from .loop import Trainer
 from .main import TRAINER_COMMANDS
 from .parser import Parser, UsageError, check_values, keep_limits_whole, shorter
+from .progress import EpochsFromOne
 from .report import Report
 from .run import RUNS, run_directory, say
 from .tensorboard import RunLogger
@@ -94,7 +95,7 @@ class CLI(LightningCLI):
         """Resolve `best` and `last`, add the settings of the run that is resumed, and check what Lightning does not."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        self._runs = Path(config.trainer.default_root_dir or ".", RUNS)
+        self._runs = runs_directory(config.trainer)
         self._run: Path | None = None
         self._checkpoint: str | None = None
         if config.ckpt_path:
@@ -120,8 +121,6 @@ class CLI(LightningCLI):
             self._run = run
             if (run / "config.yaml").is_file():
                 arguments = sys.argv[1:] if args is None else list(map(str, args))
-                if arguments[0] != "fit":
-                    raise UsageError("to resume a run, give `fit` before its settings")
                 config = ["--config", str(run / "config.yaml")]
                 super().parse_arguments(parser, ["fit", *config, *arguments[1:]])
         settings, hparams = self.config[command].model, checkpoint["hyper_parameters"]
@@ -175,7 +174,7 @@ class CLI(LightningCLI):
         callbacks += [kind() for kind in self.callbacks]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
-                callbacks.append(RichProgressBar(theme=RichProgressBarTheme(metrics_format=".2f")))
+                callbacks.append(EpochsFromOne(theme=RichProgressBarTheme(metrics_format=".2f")))
             else:
                 kwargs["enable_progress_bar"] = False
         self._best_and_last = None

@@ -1,6 +1,7 @@
-"""`config.yaml`: what a run was made of, written so that it can be read again."""
+"""The settings of a run: where they have it written, and `config.yaml`, which can be read again."""
 
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -9,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from .checkpoint_file import write_whole
-from .run import run_directory
+from .run import RUNS, run_directory
 
 # What jsonargparse writes, with a warning, in the place of a value that it knows no text for.
 NO_TEXT = "Unable to serialize instance "
@@ -28,6 +29,13 @@ class SaveConfig(SaveConfigCallback):
         """Save, in one step: a resumed run needs its config."""
         if run := run_directory(trainer):
             write_whole(run / "config.yaml", self.parser.dump(self.config, skip_none=False).encode())
+
+
+def runs_directory(trainer: Any) -> Path:
+    """Where runs with these settings are written: by the first logger of the user's, or by ours."""
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    given = loggers[0].get("init_args", {}) if loggers and isinstance(loggers[0], jsonargparse.Namespace) else {}
+    return Path(given.get("save_dir") or trainer.default_root_dir or ".", given.get("name", RUNS) or "")
 
 
 def readable(value: Any) -> Any:

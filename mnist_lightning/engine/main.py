@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from .parser import UsageError, did_you_mean
-from .run import PROGRAM, printable, rank
+from .run import PROGRAM, printable, rank, say
 
 # Of `LightningCLI`, whose import takes seconds.
 TRAINER_COMMANDS = {
@@ -32,6 +32,7 @@ def main(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
         several processes, none returns: each exits with it.
     """
     code = _run(train, commands, description)
+    say("", end="")  # flushes what others have printed
     end_among_others(code)
     return code
 
@@ -43,7 +44,7 @@ def _run(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
         if command := commands.get(name):
             command(sys.argv[2:])
         elif name in ("-h", "--help"):
-            print(_help(commands, description))
+            say(_help(commands, description))
         else:
             _check_command(name, [*TRAINER_COMMANDS, *commands])
             return train()
@@ -75,9 +76,12 @@ def _help(commands: Mapping[str, Callable[[list[str]], None]], description: str)
 
 
 def _check_command(name: str, names: list[str]) -> None:
-    # Lightning's error would name its own commands only.
-    if name in names or name.startswith("-"):  # settings may come before the command
+    # Lightning's error would name its own commands only, and not say that the settings after a command are its own.
+    if name in names:
         return
+    if name.startswith("-"):
+        command = next((argument for argument in sys.argv if argument in names), names[0])
+        raise UsageError(f"the command comes first, and its settings after it: {command} {name}")
     problem = f"there is no command {name}" if name else "a command is missing"
     raise UsageError(problem + did_you_mean(name, names, f"; give {', '.join(names[:-1])} or {names[-1]}"))
 

@@ -2,9 +2,11 @@
 
 import difflib
 import inspect
+import os
 import re
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn, Union, get_args
 
 import jsonargparse
@@ -37,9 +39,18 @@ class Parser(jsonargparse.ArgumentParser):
         """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
         message = shorter(message)
         unknown = re.search(r"(?i:unrecognized arguments: --|does not accept [a-z ]+'|^option ')([\w.-]+)", message)
-        if unknown:
-            message = f"there is no setting {unknown[1]}{did_you_mean(unknown[1], _known_keys(self))}"
+        if unknown and unknown[1] in (known := set(_known_keys(self))):
+            message = f"{unknown[1]} is no list that + could add to; give --{unknown[1]}"
+        elif unknown:
+            message = f"there is no setting {unknown[1]}{did_you_mean(unknown[1], known)}"
+        elif "item assignment" in message:
+            lists = " and ".join(action.dest for action in self._actions if action.nargs == "*")
+            message = f"{lists}: a list is wanted, with - before each of its lines"
         raise UsageError(message) from ex
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the command line. `~` is the home directory, also where no shell sees it: behind `=`, in a config."""
+        return _at_home(super().parse_args(*args, **kwargs))
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a config file; errors in its syntax or its values name it and, where it is no YAML, the line."""
@@ -58,10 +69,27 @@ class Parser(jsonargparse.ArgumentParser):
             raise UsageError(f"{path}: {error}") from error
 
 
+def _at_home(value: Any) -> Any:
+    if isinstance(value, jsonargparse.Namespace | dict):
+        for key, part in list(vars(value).items() if isinstance(value, jsonargparse.Namespace) else value.items()):
+            value[key] = _at_home(part)
+    elif isinstance(value, list):
+        return [_at_home(part) for part in value]
+    at_home = isinstance(value, str) and value[:2] in ("~", "~/", f"~{os.sep}")
+    return str(Path(value).expanduser()) if at_home else value
+
+
 def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
     """The end of an error about an unknown name: the nearest of `names`, or `otherwise`."""
     nearest = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else otherwise
+
+
+# Of the errors of a union's types, those that tell most come first; those of types that were never meant tell nothing.
+TELLING = ("Got value", "arguments are required", "did you mean", "there is no setting", "")
+UNTELLING = re.compile(
+    r"Expected an? (?!instantiatable|.*Got value)|Not a valid subclass|Import path .* does not correspond"
+)
 
 
 def shorter(message: str) -> str:
@@ -69,16 +97,27 @@ def shorter(message: str) -> str:
 
     def choose(union: re.Match[str]) -> str:
         errors, bullet, value = union.groups()
-        *_, last = errors.split(bullet)  # of a group of settings, if it may be one
-        is_type = last.startswith(("Expected", "Not a valid"))
-        return f"This value is not allowed: {value}" if is_type else last
+        telling = [error for error in errors.split(bullet)[1:] if not UNTELLING.match(error)]
+        # Neither are jsonargparse's own objects: a class by its name, an argument by its value.
+        given = re.search(r"class_path'?[=:] ?'([\w.]+)'", value)
+        nested = re.fullmatch(r"NestedArg\(key=.*?, val='(.*)'\)", value)
+        name = given[1].rpartition(".")[2] if given else nested[1] if nested else value
+        for words in TELLING:
+            for error in (error for error in telling if words in error):
+                one = words == "arguments are required" and value.count("class_path") == 1
+                return f"{name} needs {error.rpartition(': ')[2]}" if one else error
+        return f"This value is not allowed: {name}"
 
     message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
     message = re.sub(r"- Expected a path but .*\n\s*- ", "", message)
     message = re.sub(r'Linked "(.*)" must be given via "(.*)"\.', r"\1 is not set by itself; give \2", message)
-    return re.sub(
+    message = re.sub(
+        r"Expected an instantiatable class, but (\S+) is abstract", r"of which \1? Name its class first", message
+    )
+    message = re.sub(
         r"(?s)Does not validate.*?Errors:((\n *- ).*?)\s*Given value type:.*?Given value: (.*)", choose, message
     )
+    return re.sub(r'Parser key "(\S+)":\s+(\w+ needs (\w+).*)', r"\2; give it with --\1.\3", message)
 
 
 def _known_keys(parser: ArgumentParser) -> Iterator[str]:

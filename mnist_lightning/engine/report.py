@@ -1,10 +1,7 @@
 """What a run tells: lines on the console, two curves more, figures, and `results.json`."""
 
-import contextlib
 import json
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -15,12 +12,10 @@ from .checkpoint_file import progress
 from .checkpoints import Stopped
 from .data import DeviceDataModule
 from .guard import early_stopping
-from .run import PROGRAM, printable, run_directory, say
+from .run import printable, run_directory, say, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PACKAGES = ("torch", "torchvision", "lightning", PROGRAM.replace("_", "-"))
 
 
 class Report(pl.Callback):
@@ -74,7 +69,7 @@ class Report(pl.Callback):
         self._loaded = checkpoint["global_step"], dataset
         if not self.has_begun:
             trained_on = checkpoint["callbacks"].get("Report", {}).get("dataset") or dataset
-            say(printable(f"Weights of iteration {self._loaded[0]:,}, trained on {trained_on}"))
+            say(printable(f"Weights of iteration {self._loaded[0]:,}, trained on {trained_on}: {trainer.ckpt_path}"))
             say(f"Reading {_name(trainer)}")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -168,10 +163,7 @@ class Report(pl.Callback):
             self._log_short_run(trainer)
 
     def _log_short_run(self, trainer: pl.Trainer) -> None:
-        """Log the last iteration, where the run was shorter than `log_every_n_steps`.
-
-        It stands one step after Lightning's, where a run that goes on takes it back.
-        """
+        # Where no iteration was a multiple: the last one, a step after Lightning's. A run that goes on takes it back.
         logs = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if logs and not self.train and (metrics := _metrics(trainer, "train")):
             self._say_train(trainer.global_step, *metrics)
@@ -200,11 +192,7 @@ class Report(pl.Callback):
                 results |= {"val/loss": row[1], "val/acc": row[2]}
         if measured := _metrics(trainer, "test"):
             results |= dict(zip(("test/loss", "test/acc"), measured, strict=True))
-        results["versions"] = {}
-        for name in PACKAGES:
-            with contextlib.suppress(PackageNotFoundError):
-                results["versions"][name] = version(name)
-        results["versions"]["python"] = platform.python_version()
+        results["versions"] = versions()
         (folder / "results.json").write_text(json.dumps(results, indent=4) + "\n")
 
 

@@ -1,6 +1,8 @@
 """Where a run writes its files, and how it speaks on the console."""
 
+import contextlib
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,12 +39,23 @@ def run_directory(trainer: "pl.Trainer") -> Path | None:
     return directory
 
 
-def say(line: str) -> None:
+def versions() -> dict[str, str]:
+    """Versions of Python and of what decides a run's results."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "lightning", PROGRAM.replace("_", "-")):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def say(line: str, end: str = "\n") -> None:
     """Print a line, in the first process. Where nobody reads any more, as after `| head`, training goes on without."""
     if rank():
         return
     try:
-        print(line, flush=True)
+        print(line, end=end, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

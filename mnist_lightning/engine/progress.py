@@ -1,0 +1,15 @@
+"""The progress bar on a console."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class EpochsFromOne(RichProgressBar):
+    """Lightning's progress bar, with epochs as the console's lines count them, and no number of epochs without one."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's description is `Epoch 0/9`, or `Epoch 0/-2`."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            of = f"/{trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
+            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch + 1}{of}")
