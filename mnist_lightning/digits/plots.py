@@ -5,11 +5,12 @@ All margins are given: Matplotlib's layout engines would draw each figure twice.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import matplotlib.figure
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mnist_lightning.model import CLASSES, SIDE
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mnist_lightning.digits.pictures import Array
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that a notebook shows, though `pyplot`, which would see to that, has no part in it."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
+
 
 TRAIN_COLOR, VAL_COLOR = "#4878a8", "#d1602a"
 

@@ -31,6 +31,9 @@ def main(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
         0 when done, 1 when the job failed, 2 when the command or config was wrong, 128 + the number of a signal. Of
         several processes, none returns: each exits with it.
     """
+    if "ipykernel" not in sys.modules:
+        # A notebook's `!python -m ...` inherits its variable, which may name a backend that is not installed here.
+        os.environ["MPLBACKEND"] = "agg"
     code = _run(train, commands, description)
     say("", end="")  # flushes what others have printed
     end_among_others(code)
