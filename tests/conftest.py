@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
@@ -106,6 +108,17 @@ def run_cli(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunC
             return int(exit_.code or 0)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw them takes longer than to train on the small data; tests that look at them are marked `figures`."""
+
+    def save(_: Figure, path: str, **__: Any) -> None:
+        Image.new("RGB", (1, 1)).save(path, "PNG")
+
+    if "figures" not in request.keywords:
+        monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
+from mnist_lightning.engine import loop
 from mnist_lightning.engine.checkpoints import FiniteLosses
 from mnist_lightning.fused import FusedStep
 
@@ -719,7 +720,8 @@ NOT_WATCHED: dict[str, tuple[Make, Settings]] = {
 
 
 @pytest.mark.parametrize("case", NOT_WATCHED)
-def test_not_watched(case: str, tmp_path: Path) -> None:
+def test_not_watched(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOOK_EVERY", 60)  # on a busy machine these iterations take more than 0.1 s
     more, settings = NOT_WATCHED[case]
     checkpoints = {"enable_checkpointing": "Checkpoint" in case, "enable_progress_bar": case in ("TQDM", "Rich")}
     run = compare(tmp_path, Schedules, loader, more, **checkpoints, **settings)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer, datamodule
+from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer, commands, datamodule
 from mnist_lightning.digits import files, plots
 from mnist_lightning.digits.predictions import PredictionWriter
 from mnist_lightning.distortions import Distortions
@@ -572,9 +572,15 @@ def test_fast_dev_run_leaves_nothing_behind(run_cli: RunCLI, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.figures
 def test_data_prints_what_the_tutorial_prints(
-    run_cli: RunCLI, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+    run_cli: RunCLI,
+    tmp_path: Path,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(commands, "VAL_SIZE", VAL_SIZE)
     assert run_cli("data") == 0
     out = capsys.readouterr().out
     assert "Training: 1,050 digits, images (1050, 784), labels (1050,)" in out

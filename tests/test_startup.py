@@ -44,7 +44,6 @@ def test_no_command_imports_what_it_does_not_use(run_cli: RunCLI, tmp_path: Path
         ("read", "digit.png"): TRAINING,
         ("demo", "--no-open"): TRAINING | DRAWING,
         ("export", "--format=safetensors", "--data.dataset=synthetic", f"--data.root={root}"): TRAINING | DRAWING,
-        ("fit", "--help"): set(),
         ("fit", "--data.ruut=x"): set(),
     }
     started = {
