@@ -32,7 +32,7 @@ def test_the_file_reads_as_the_network_does(
     assert out.startswith(f"Network: {name}, 0.1 MB, trained on stand-in digits (not MNIST), 11 iterations\n")
     assert "Read back: the logits of 230 test digits" in out
 
-    mlp, _, _ = _network(str(trained), "lightning_logs")
+    mlp, _ = _network(str(trained), "lightning_logs")
     # In a process of its own, which knows nothing of this program.
     readers = {
         "onnx": "import onnxruntime; s = onnxruntime.InferenceSession(path); "

@@ -260,7 +260,7 @@ def test_read_reads_pictures(
     assert list(rows[0]) == ["file", "digit", "probability", "runner_up", "runner_up_probability"]
     assert [row["file"] for row in rows] == ["mine/0.png", "mine/1.png", "mine/2.png", "mine/blank.png"]
     assert list(rows[-1].values())[1:] == ["blank", "", "", ""]
-    mlp, _, _ = _network(str(tmp_path / best_path), "")
+    mlp, _ = _network(str(tmp_path / best_path), "")
     seen = torch.tensor(stack([read(tmp_path / row["file"]) for row in rows[:3]]))
     (best, runner_up), (digit, second) = (pair.T for pair in mlp(seen.float()).softmax(1).topk(2))
     for index, row in enumerate(rows[:3]):
@@ -379,7 +379,7 @@ DIGITS = 300
 @pytest.mark.slow
 def test_nearly_all_pasted_digits_are_read_right(run_cli: RunCLI, mnist_root: str, tmp_path: Path) -> None:
     assert run_cli("fit", f"--data.root={mnist_root}", "--test_after_fit=false", data=False) == 0
-    mlp, _, _ = _network("best", "lightning_logs")
+    mlp, _ = _network("best", "lightning_logs")
     pixels, labels = (part[:DIGITS] for part in prepare("mnist", Path(mnist_root)).test)
     images = pixels.float() / 255
 

@@ -321,7 +321,12 @@ def test_demo_does_not_open_a_browser_in_the_terminal(
     assert run_cli("fit", "--trainer.max_epochs=1", *SHORT) == 0
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "get", lambda: webbrowser.GenericBrowser(name))
-    monkeypatch.setattr(webbrowser, "open", lambda url: not opened.append(url))
+
+    def note(url: str) -> bool:
+        opened.append(url)
+        return True
+
+    monkeypatch.setattr(webbrowser, "open", note)
     assert run_cli("demo", data=False) == 0
     assert opened == [Path("demo.html").resolve().as_uri()] * opens
     assert ("No browser with windows was found here" in capsys.readouterr().out) is not opens

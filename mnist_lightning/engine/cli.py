@@ -212,8 +212,8 @@ class CLI(LightningCLI):
             if self._best_and_last and self.config.fit.test_weights == "best":
                 best = self._best_and_last.best(self.trainer)
             # It would load the weights that it averages, not their average, which was validated and saved.
-            callbacks = self.trainer.callbacks
-            self.trainer.callbacks = [each for each in callbacks if not isinstance(each, WeightAveraging)]
+            trainer: Any = self.trainer
+            trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, WeightAveraging)]
             # The hyperparameters and the graph are logged already.
             self.trainer.enable_autolog_hparams = False
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)

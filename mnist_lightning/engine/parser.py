@@ -56,8 +56,9 @@ class Parser(jsonargparse.ArgumentParser):
         """Parse a config file; errors in its syntax or its values name it and, where it is no YAML, the line."""
         try:
             config = super().parse_path(path, *args, **kwargs)
-            for action in self._actions:
-                if hasattr(action, "apply_on") and action.target[0] in config:  # a link, which would overrule it
+            links: list[Any] = [action for action in self._actions if hasattr(action, "apply_on")]
+            for action in links:
+                if action.target[0] in config:  # which the link would overrule
                     raise UsageError(f"{action.target[0]} is not set by itself; give {action.source[0][0]}")
             return config
         except (UsageError, OSError, ValueError) as error:
