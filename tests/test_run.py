@@ -419,7 +419,7 @@ def test_checkpoints_of_the_older_version_are_read_but_not_resumed(
     assert run_cli("test", "--ckpt_path=last") == 0
     captured = capsys.readouterr()
     assert not captured.err
-    assert captured.out.splitlines()[0] == f"Weights of iteration 22, trained on synthetic: {run}/checkpoints/last.ckpt"
+    assert captured.out.splitlines()[0] == "Weights of iteration 22, trained on synthetic: lightning_logs/version_0/checkpoints/last.ckpt"
     assert tested in captured.out.splitlines()
     assert run_cli("predict", "--ckpt_path=last") == 0
     picture = Image.fromarray(255 - prepare("synthetic", root).test[0][0].view(28, 28).numpy())
