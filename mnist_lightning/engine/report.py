@@ -5,9 +5,11 @@ import json
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from . import tensorboard
@@ -181,6 +183,18 @@ def report(trainer: pl.Trainer) -> Report | None:
     """The Trainer's report, if it has one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Report)), None)
+
+
+def say_where(trainer: pl.Trainer) -> None:
+    """Say where the run is, and how to look at it."""
+    directory = run_directory(trainer)
+    if directory is None:
+        return
+    if directory.is_relative_to(Path.cwd()):
+        directory = directory.relative_to(Path.cwd())
+    say(f"Run: {directory}")
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        say(f"Look at it: tensorboard --logdir {directory.parent}")
 
 
 def save_figures(figures: dict[str, "Figure"], trainer: pl.Trainer) -> None:

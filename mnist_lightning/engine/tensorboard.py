@@ -10,12 +10,17 @@ import lightning.pytorch as pl
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from .checkpoint_file import write_whole
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLogger(TensorBoardLogger):
-    """A TensorBoard logger whose `version_N` directories are numbered without a race."""
+    """A TensorBoard logger whose `version_N` directories are numbered without a race, and marked as unfinished."""
+
+    unfinished: tuple[str, str] | None = None
+    """Name and content of a file to put there at once, if it is not there."""
 
     _number: int | None = None
     _is_made = False
@@ -36,6 +41,8 @@ class RunLogger(TensorBoardLogger):
                 self._is_made = True
             except FileExistsError:
                 self._number = number + 1
+        if self.unfinished and not (path := Path(self.log_dir, self.unfinished[0])).exists():
+            write_whole(path, self.unfinished[1].encode())
         writer: SummaryWriter = super().experiment
         return writer
 
@@ -45,6 +52,13 @@ class RunLogger(TensorBoardLogger):
             shutil.rmtree(self.log_dir, ignore_errors=True)
             with contextlib.suppress(OSError):  # there are other runs
                 Path(self.root_dir).rmdir()
+
+
+def discard(trainer: pl.Trainer) -> None:
+    """Remove the directory of a run that has not begun."""
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.discard()
 
 
 def rewind(trainer: pl.Trainer) -> None:
