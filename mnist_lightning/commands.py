@@ -31,18 +31,20 @@ def data(arguments: list[str]) -> None:
     with fast_imports():
         import torch.nn.functional as F
 
-        from mnist_lightning.digits import files, plots
+        from mnist_lightning.digits import files, idx, plots
         from mnist_lightning.model import CLASSES
-    raw = files.get(config.data.dataset, Path(config.data.root))
-    name = files.NAMES[files.dataset_in(raw)]
-    (images, labels), test = files.read(raw, "train"), files.read(raw, "t10k")
+    root = Path(config.data.root)
+    raw = files.get(config.data.dataset, root)
+    name = files.describe(config.data.dataset, root, raw)["dataset"]
+    name = files.NAMES.get(name, name)
+    (images, labels), test = idx.read(raw, "train"), idx.read(raw, "t10k")
     train, val = (images[VAL_SIZE:], labels[VAL_SIZE:]), (images[:VAL_SIZE], labels[:VAL_SIZE])
     say(f"Dataset: {name}")
     for split, (images, labels) in {"Training": train, "Validation": val, "Test": test}.items():
         say(f"{split}: {len(labels):,} digits, images {tuple(images.shape)}, labels {tuple(labels.shape)}")
     say("First five validation labels, one-hot:")
-    for label, row in zip(val[1][:5], F.one_hot(val[1][:5], CLASSES), strict=True):
-        say(f"  {label}: {' '.join(map(str, row.tolist()))}")
+    for label in val[1][:5].long():
+        say(f"  {label}: {' '.join(map(str, F.one_hot(label, CLASSES).tolist()))}")
     images, labels = train[0][:9].float() / 255, train[1][:9]
     titles = [f"True: {label}" for label in labels]
     plots.digit_grid(images, titles, f"{name}: training digits").savefig(config.figure, dpi=120)
@@ -121,13 +123,13 @@ def export_network(arguments: list[str]) -> None:
     _add_data(parser)
     _add_checkpoint(parser)
     with fast_imports():
-        from mnist_lightning.digits import files
+        from mnist_lightning.digits import files, idx
         from mnist_lightning.share.export import Format, export
     parser.add_argument("--format", type=Format, required=True, help=f"One of {', '.join(get_args(Format))}")
     parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors")
     config = parser.parse_args(arguments)
     mlp, trained_on = _network(config.ckpt_path, config.runs)
-    images, _ = files.read(files.get(config.data.dataset, Path(config.data.root)), "t10k")
+    images, _ = idx.read(files.get(config.data.dataset, Path(config.data.root)), "t10k")
     pixels = images[:COMPARED].float() / 255
     path, difference = export(mlp, config.format, config.output, pixels, trained_on)
     say(f"Network: {path}, {path.stat().st_size / 1e6:.1f} MB, trained on {trained_on}")

@@ -2,13 +2,11 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
-from mnist_lightning.digits import files
+from mnist_lightning.digits import files, idx
 from mnist_lightning.distortions import Distortions
 from mnist_lightning.engine.data import DeviceDataModule, DeviceLoader
 
-TRAIN_FILE_SIZE = 60_000
 EVAL_BATCH_SIZE = 1000  # changes no metric, and larger is faster
 
 
@@ -20,10 +18,11 @@ class MNISTDataModule(DeviceDataModule):
 
     Args:
         dataset: `mnist` downloads MNIST where it is not on disk. `synthetic` makes stand-in digits once. `auto` is
-            `mnist`, or `synthetic` with a warning where MNIST is neither on disk nor to be downloaded.
+            `mnist`, or `synthetic` with a warning where MNIST is neither on disk nor to be downloaded. `files` takes
+            files of MNIST's format and names that are your own, in `root` or in `MNIST/raw` below it.
         root: Directory for the files, laid out as `torchvision.datasets.MNIST` does.
         batch_size: Training images in a minibatch, over all processes, at least 1.
-        val_size: Images held out for validation, 1 to 59,999.
+        val_size: Images held out for validation, at least 1 and not all.
         seed: Seed of the shuffling, 0 or above. An epoch's order depends on it and on the epoch's number alone.
         distortions: Distort each training image anew in each epoch: true, or how much by `rotation`, `scale`, `shear`,
             `shift`, `elastic` and `smoothness`. Images that are validated, tested and predicted stay as they are.
@@ -35,7 +34,7 @@ class MNISTDataModule(DeviceDataModule):
 
     def __init__(
         self,
-        dataset: Literal["auto", "mnist", "synthetic"] = "auto",
+        dataset: files.Dataset = "auto",
         root: str = "data",
         batch_size: int = 100,
         val_size: int = 5000,
@@ -46,8 +45,8 @@ class MNISTDataModule(DeviceDataModule):
         self.save_hyperparameters(ignore="root")  # where the files lie does not change the result
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if not 1 <= val_size < TRAIN_FILE_SIZE:
-            raise ValueError(f"val_size must be 1 to {TRAIN_FILE_SIZE - 1:,} of the training file, not {val_size}")
+        if val_size < 1:
+            raise ValueError(f"val_size must be at least 1, not {val_size}")
         if seed < 0:
             raise ValueError(f"seed must be 0 or above, not {seed}")
         self.dataset = dataset
@@ -62,8 +61,8 @@ class MNISTDataModule(DeviceDataModule):
 
     @property
     def dataset_name(self) -> str:
-        """`MNIST`, or `stand-in digits (not MNIST)`; known after `setup`."""
-        return files.NAMES[self.hparams["dataset"]]
+        """`MNIST`, `stand-in digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
+        return files.NAMES.get(name := str(self.hparams["dataset"]), name)
 
     @property
     def raw(self) -> Path:
@@ -80,13 +79,15 @@ class MNISTDataModule(DeviceDataModule):
         """Read and split the files. Pixels are uint8 and stay on disk until a minibatch takes them."""
         # All processes use what the first one found, or one machine might train on MNIST and another on the stand-in.
         raw = self.trainer.strategy.broadcast(self.raw) if self.trainer else self.raw
-        images, labels = files.read(raw, "train")
+        images, labels = idx.read(raw, "train")
+        if self.val_size >= len(labels):
+            raise ValueError(f"val_size must be 1 to {len(labels) - 1:,} of the training file, not {self.val_size}")
         self.train = images[self.val_size :], labels[self.val_size :]
         self.val = images[: self.val_size], labels[: self.val_size]
-        self.test = files.read(raw, "t10k")
+        self.test = idx.read(raw, "t10k")
         # Say in checkpoints what `auto` meant, and how much was distorted.
         distortions = asdict(self.distortions) if self.distortions else False
-        self.save_hyperparameters({"dataset": files.dataset_in(raw), "distortions": distortions})
+        self.save_hyperparameters({**files.describe(self.dataset, self.root, raw), "distortions": distortions})
 
     def train_dataloader(self) -> DeviceLoader:
         """Minibatches of the training split, freshly shuffled in each epoch."""

@@ -53,7 +53,7 @@ class Figures(pl.Callback):
         if run_directory(trainer) is None:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        images, labels = (tensor[: len(logits)] for tensor in data.test)
+        images, labels = data.test[0][: len(logits)], data.test[1][: len(logits)].long()
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
         correct, mistakes = (which.nonzero().squeeze(1) for which in (predictions == labels, predictions != labels))
         if self.misclassified == "confidence":

@@ -266,7 +266,7 @@ def test_label_smoothing_spreads_labels_in_training_only(data: MNISTDataModule) 
     loss = -(targets * F.log_softmax(initial()(images), dim=1)).sum(dim=1).mean()
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     (metrics,) = trainer.test(model, datamodule=data, verbose=False)
-    loss = F.cross_entropy(model(data.test[0].float() / 255), data.test[1])
+    loss = F.cross_entropy(model(data.test[0].float() / 255), data.test[1].long())
     assert metrics["test/loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 

@@ -21,8 +21,9 @@ from conftest import SMALL, fork, prepare
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning.digits import files, synthetic
-from mnist_lightning.digits.files import DataError, UnreachableError
+from mnist_lightning.digits import download, files, idx, synthetic
+from mnist_lightning.digits.files import UnreachableError
+from mnist_lightning.digits.idx import DataError
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler, bytes], None]
 
@@ -130,7 +131,7 @@ def stalling_mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_valid_files_are_not_downloaded_again(fake_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_download", lambda names, directory: pytest.fail("downloads"))
+    monkeypatch.setattr(download, "fetch", lambda names, directory: pytest.fail("downloads"))
     for dataset in ("auto", "mnist"):
         assert prepare(dataset, fake_mnist).hparams["dataset"] == "mnist"
 
@@ -175,9 +176,9 @@ def test_damaged_files_are_an_error_and_never_a_reason_to_fall_back(fake_mnist: 
 def test_a_mirror_that_stalls_is_given_up(
     tmp_path: Path, stalling_mirror: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert files.DOWNLOAD_TIMEOUT < 30
-    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 60.0)
-    monkeypatch.setattr(files, "DOWNLOAD_TIMEOUT", 0.5)
+    assert download.DOWNLOAD_TIMEOUT < 30
+    monkeypatch.setattr(download, "MIRROR_TIMEOUT", 60.0)
+    monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT", 0.5)
     start = time.monotonic()
     with pytest.raises(UnreachableError, match="nothing arrived"):
         prepare("mnist", tmp_path)
@@ -186,7 +187,7 @@ def test_a_mirror_that_stalls_is_given_up(
 
 
 def test_the_mirrors_sockets_time_out(tmp_path: Path, stalling_mirror: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "MIRROR_TIMEOUT", 0.2)
     with pytest.raises(UnreachableError, match="timed out"):
         prepare("mnist", tmp_path)
 
@@ -276,7 +277,7 @@ def test_a_damaged_file_is_unpacked_again_from_its_own_gzipped_form(
 def test_a_mirror_that_misbehaves_is_named_and_the_next_one_asked(
     tmp_path: Path, serve: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
-    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "MIRROR_TIMEOUT", 0.3)
     bad, _ = serve(answer, answer)
     with pytest.raises(UnreachableError, match=f"the download failed: {bad}train-images-idx3-ubyte.gz"):
         prepare("mnist", tmp_path / "alone")
@@ -285,13 +286,13 @@ def test_a_mirror_that_misbehaves_is_named_and_the_next_one_asked(
     assert prepare("mnist", tmp_path / "alone").dataset_name == "MNIST"
 
 
-def download(root: Path, mirrors: list[str], resources: list[tuple[str, str]], md5: dict[str, str]) -> None:
+def get_mnist(root: Path, mirrors: list[str], resources: list[tuple[str, str]], md5: dict[str, str]) -> None:
     MNIST.mirrors, MNIST.resources, files.MNIST_MD5 = mirrors, resources, md5
     files.get("mnist", root)
 
 
 def test_a_killed_download_is_never_taken_for_a_finished_one(tmp_path: Path, serve: Callable[..., list[str]]) -> None:
-    process = fork.Process(target=download, args=(tmp_path / "new", serve(stall), MNIST.resources, files.MNIST_MD5))
+    process = fork.Process(target=get_mnist, args=(tmp_path / "new", serve(stall), MNIST.resources, files.MNIST_MD5))
     process.start()
     while process.is_alive() and not any(path.stat().st_size for path in tmp_path.glob("new/.download-*/*.gz")):
         time.sleep(0.05)
@@ -303,14 +304,17 @@ def test_a_killed_download_is_never_taken_for_a_finished_one(tmp_path: Path, ser
     assert prepare("mnist", tmp_path / "new").dataset_name == "MNIST"
 
 
-def test_two_processes_may_download_at_once(tmp_path: Path, serve: Callable[..., list[str]]) -> None:
+def test_of_two_processes_at_once_one_downloads(tmp_path: Path, serve: Callable[..., list[str]]) -> None:
+    asked = []
+
     def slowly(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        asked.append(request.path)
         time.sleep(0.2)
         good(request, content)
 
     mirrors = serve(slowly)
     processes = [
-        fork.Process(target=download, args=(tmp_path / "new", mirrors, MNIST.resources, files.MNIST_MD5))
+        fork.Process(target=get_mnist, args=(tmp_path / "new", mirrors, MNIST.resources, files.MNIST_MD5))
         for _ in range(2)
     ]
     for process in processes:
@@ -318,6 +322,7 @@ def test_two_processes_may_download_at_once(tmp_path: Path, serve: Callable[...,
     for process in processes:
         process.join()
         assert process.exitcode == 0
+    assert sorted(asked) == sorted(2 * [f"/{name}.gz" for name in files.MNIST_MD5])  # torchvision asks twice
     serve()
     assert prepare("mnist", tmp_path / "new").dataset_name == "MNIST"
 
@@ -344,16 +349,16 @@ def test_images_are_the_file_itself_and_writing_to_them_does_not_change_it(root:
     raw = root / "synthetic/raw"
     path = raw / "train-images-idx3-ubyte"
     content = path.read_bytes()
-    images, labels = files.read(raw, "train")
+    images, labels = idx.read(raw, "train")
     assert (images.dtype, images.shape) == (torch.uint8, (SMALL["train"], 784))
-    assert (labels.dtype, labels.shape) == (torch.int64, (SMALL["train"],))
+    assert (labels.dtype, labels.shape) == (torch.uint8, (SMALL["train"],))
     assert images.numpy().tobytes() == content[16:]
     assert bytes(labels.tolist()) == (raw / "train-labels-idx1-ubyte").read_bytes()[8:]
     mapped = Path("/proc/self/maps")  # Linux has it
     assert not mapped.exists() or str(path) in mapped.read_text()
     images.fill_(7)
     assert path.read_bytes() == content
-    assert files.read(raw, "train")[0].max() == 255
+    assert idx.read(raw, "train")[0].max() == 255
 
 
 @pytest.mark.parametrize("damage", ["magic", "count", "rows", "short", "long", "empty"])
@@ -371,4 +376,4 @@ def test_a_header_that_does_not_fit_its_file_is_refused(root: Path, tmp_path: Pa
     }
     path.write_bytes(changed[damage])
     with pytest.raises(DataError, match="t10k-images-idx3-ubyte is damaged"):
-        files.read(tmp_path, "t10k")
+        idx.read(tmp_path, "t10k")

@@ -363,7 +363,7 @@ def test_limits_of_validation_count_minibatches(
     monkeypatch.setattr("mnist_lightning.datamodule.EVAL_BATCH_SIZE", 70)
     trainer, model = make(max_epochs=1, limit_val_batches=1), network()
     trainer.fit(model, datamodule=data)
-    expected = measure(model, (data.val[0][:70], data.val[1][:70]))
+    expected = measure(model, (data.val[0][:70], data.val[1][:70].long()))
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(expected[0], rel=1e-5)
 
 
@@ -373,7 +373,7 @@ def test_overfitting_repeats_the_same_minibatches(make: Make, root: Path, distor
     make(overfit_batches=3, callbacks=[seen := Everything()]).fit(network(), datamodule=data)
     images, labels = map(torch.cat, zip(*seen.batches, strict=True))
     assert torch.equal(images, data.train[0][:300].float().div(255).repeat(2, 1))
-    assert torch.equal(labels, data.train[1][:300].repeat(2))
+    assert torch.equal(labels, data.train[1][:300].long().repeat(2))
 
 
 def test_validating_first_does_not_disturb(make: Make, data: MNISTDataModule) -> None:

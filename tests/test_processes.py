@@ -131,7 +131,7 @@ def ended(processes: list[BaseProcess], seconds: float = 60) -> list[int | None]
 
 def poll(look: Callable[[], Found | None], what: str) -> Found:
     """What `look` finds, once it finds something."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (found := look()):
         assert time.monotonic() < deadline, f"there is no {what}"
         time.sleep(0.01)

@@ -25,7 +25,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer, commands, datamodule
-from mnist_lightning.digits import files, plots
+from mnist_lightning.digits import files, idx, plots
 from mnist_lightning.digits.predictions import PredictionWriter
 from mnist_lightning.distortions import Distortions
 from mnist_lightning.engine.report import Report
@@ -419,7 +419,10 @@ def test_checkpoints_of_the_older_version_are_read_but_not_resumed(
     assert run_cli("test", "--ckpt_path=last") == 0
     captured = capsys.readouterr()
     assert not captured.err
-    assert captured.out.splitlines()[0] == "Weights of iteration 22, trained on synthetic: lightning_logs/version_0/checkpoints/last.ckpt"
+    assert (
+        captured.out.splitlines()[0]
+        == "Weights of iteration 22, trained on synthetic: lightning_logs/version_0/checkpoints/last.ckpt"
+    )
     assert tested in captured.out.splitlines()
     assert run_cli("predict", "--ckpt_path=last") == 0
     picture = Image.fromarray(255 - prepare("synthetic", root).test[0][0].view(28, 28).numpy())
@@ -627,7 +630,7 @@ def plain_loop(
     clip: float = 0, accumulate: int = 1,
 ) -> tuple[MLP, AdamW]:  # fmt: skip
     """The recipe of a run, without this project's engine: the order, the noise, the loss and the steps."""
-    images, labels = files.read(root / "synthetic/raw", "train")
+    images, labels = idx.read(root / "synthetic/raw", "train")
     images, labels = images[VAL_SIZE:], labels[VAL_SIZE:]
     torch.manual_seed(5)
     mlp = MLP(20)
@@ -719,7 +722,7 @@ def test_what_the_configs_evaluate(run_cli: RunCLI, monkeypatch: pytest.MonkeyPa
     sizes = {"train": 60_000, "t10k": 10_000}
     monkeypatch.setattr(files, "get", lambda dataset, root: root / "MNIST/raw")
     blank = {file: (torch.zeros(size, 784, dtype=torch.uint8), torch.arange(size) % 10) for file, size in sizes.items()}
-    monkeypatch.setattr(files, "read", lambda raw, file: blank[file])
+    monkeypatch.setattr(idx, "read", lambda raw, file: blank[file])
     counts = {"validation_step": 0, "test_step": 0}
 
     def counting(name: str, step: Any) -> Any:

@@ -1,25 +1,17 @@
-"""The data's files: download MNIST, verify it, make its stand-in where there is no network, and read either."""
+"""The data's files: download MNIST, verify it, make its stand-in where there is no network, or take the user's own."""
 
-import errno
-import math
+import contextlib
+import itertools
 import shutil
-import socket
-import struct
-import threading
-import time
-from concurrent.futures import Future
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor
+from mnist_lightning.digits import download, idx, synthetic
+from mnist_lightning.digits.idx import DataError
 
-from mnist_lightning.digits import synthetic
-from mnist_lightning.model import SIDE
-
-Dataset: TypeAlias = Literal["auto", "mnist", "synthetic"]
+Dataset: TypeAlias = Literal["auto", "mnist", "synthetic", "files"]
 
 NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
 
@@ -31,13 +23,6 @@ MNIST_MD5 = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 
-# A mirror that sends nothing for so long is given up, and so is the whole download.
-MIRROR_TIMEOUT, DOWNLOAD_TIMEOUT = 10.0, 25.0
-
-
-class DataError(RuntimeError):
-    """Files that are damaged, missing or cannot be written; the message names them and says what to do."""
-
 
 class UnreachableError(DataError):
     """There is nothing of MNIST on disk, and it could not be downloaded either."""
@@ -48,13 +33,17 @@ def get(dataset: Dataset, root: Path) -> Path:
 
     Args:
         dataset: `mnist` downloads what is missing or damaged. `synthetic` makes the stand-in once. `auto` is `mnist`,
-            or `synthetic` with a warning where nothing of MNIST is on disk and it cannot be downloaded.
-        root: Where MNIST lies in `MNIST/raw/`, as `torchvision.datasets.MNIST` has it, and the stand-in beside it.
+            or `synthetic` with a warning where nothing of MNIST is on disk and it cannot be downloaded. `files` are the
+            user's own, under MNIST's names; gzipped ones are unpacked.
+        root: Where MNIST lies in `MNIST/raw/`, as `torchvision.datasets.MNIST` has it, or directly, and the stand-in in
+            `synthetic/raw/`.
 
     Raises:
         DataError: The files are damaged or missing and cannot be fetched, or the directory cannot be written.
     """
     try:
+        if _are_own(dataset):
+            return _get_files(root)
         if dataset != "synthetic":
             try:
                 return _get_mnist(root)
@@ -69,127 +58,131 @@ def get(dataset: Dataset, root: Path) -> Path:
 
 
 def find(dataset: Dataset, root: Path) -> Path:
-    """The directory of the files that `get` had: MNIST's, or the stand-in's where `auto` found nothing of MNIST."""
-    mnist = root / "MNIST" / "raw"
-    is_there = all((mnist / name).exists() for name in MNIST_MD5)
-    return mnist if dataset == "mnist" or (dataset == "auto" and is_there) else root / "synthetic" / "raw"
+    """The directory of the files that `get` had: MNIST's, the user's, or the stand-in's where `auto` found no MNIST.
 
-
-def dataset_in(raw: Path) -> str:
-    """Which dataset a directory holds: `mnist`, `synthetic`, or another one of torchvision's in the same format."""
-    return raw.parent.name.lower()
-
-
-def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
-    """Read images, (N, 784) uint8, and labels, (N,) int64, of the training or the test file.
-
-    The images are the file itself, mapped into memory and shared with other processes. Write to a copy of them.
-
-    Raises:
-        DataError: A file's header does not fit it.
+    Of `root` and `MNIST/raw/` it is the one that holds most of the four files.
     """
-    images = _values(raw / f"{file}-images-idx3-ubyte", SIDE, SIDE)
-    return images.flatten(1), _values(raw / f"{file}-labels-idx1-ubyte").long()
+    places = [root / "MNIST" / "raw", root]
+    raw = min(reversed(places) if _are_own(dataset) else places, key=lambda place: len(idx.missing(place)))
+    stands_in = dataset == "synthetic" or (dataset == "auto" and idx.missing(raw))
+    return root / "synthetic" / "raw" if stands_in else raw
 
 
-def _values(path: Path, *shape: int) -> Tensor:
-    """The values of an IDX file of bytes, (N, *shape) uint8."""
-    header = struct.Struct(f">{2 + len(shape)}I")
-    count, rest = divmod(max(0, path.stat().st_size - header.size), math.prod(shape))
-    with path.open("rb") as file:
-        if rest or file.read(header.size) != header.pack(0x801 + len(shape), count, *shape):
-            raise DataError(f"{path} is damaged: its header does not fit its {path.stat().st_size:,} bytes")
-    # Copy-on-write: PyTorch has no read-only tensors, and no mistake may change the file.
-    return torch.from_numpy(np.memmap(path, np.uint8, "c", header.size, (count, *shape)))
+def describe(dataset: str, root: Path, raw: Path) -> dict[str, str]:
+    """What a checkpoint keeps of the data: their name and, of the user's own files, a fingerprint.
+
+    The name is `mnist`, `synthetic`, or another one of torchvision's in the same format; or `files in DIRECTORY`.
+    """
+    is_in_root = raw in (root, root / "MNIST" / "raw")
+    if _are_own(dataset):
+        place = (root if is_in_root else raw).resolve()
+        name = place.parent.name if place.name == "raw" else place.name
+        return {"dataset": f"files in {name}", "fingerprint": idx.fingerprint(raw)}
+    return {"dataset": "mnist" if is_in_root else raw.parent.name.lower()}
+
+
+def _are_own(dataset: str) -> bool:
+    return dataset == "files" or dataset.startswith("files in ")  # as `describe` has it in checkpoints
+
+
+def _get_files(root: Path) -> Path:
+    raw = find("files", root)
+    if missing := idx.missing(raw):
+        raise DataError(
+            f"{raw / missing[0]} is missing; expected {', '.join(idx.NAMES)} in {root} or {root / 'MNIST' / 'raw'}, "
+            f"also gzipped or as train-images.idx3-ubyte and so on; found there: {idx.found(root)}"
+        )
+    idx.unpack(raw)
+    for file in ("train", "t10k"):
+        idx.read(raw, file)
+    return raw
 
 
 def _get_mnist(root: Path) -> Path:
-    raw = root / "MNIST" / "raw"
-    bad = [name for name, md5 in MNIST_MD5.items() if synthetic.md5_sum(raw / name) != md5]
-    if not bad:
+    if not _bad(raw := find("mnist", root)):
         return raw
-    present = [path for name in MNIST_MD5 for path in (raw / name, raw / f"{name}.gz") if path.exists()]
+    with idx.alone(root):
+        return _mend_mnist(find("mnist", root), root)
+
+
+def _bad(raw: Path) -> list[str]:
+    return [name for name in MNIST_MD5 if not _is_mnist(raw, name) or idx.locate(raw, name).suffix == ".gz"]
+
+
+def _mend_mnist(raw: Path, root: Path) -> Path:
+    bad = _bad(raw)
+    if not bad:  # while this process waited for another one
+        return raw
+    _refuse_own(raw)
+    present = [path for name in MNIST_MD5 for path in idx.forms(raw, name) if path.is_file()]
     raw.mkdir(parents=True, exist_ok=True)
     # Everything is made in a directory of its own and moved when it is whole: a killed download leaves nothing that
-    # could be taken for MNIST, and two downloads at once do not meet.
+    # could be taken for MNIST.
     with TemporaryDirectory(dir=root, prefix=".download-", ignore_cleanup_errors=True) as directory:
         for name in bad:
-            if (raw / f"{name}.gz").exists():
-                shutil.copy(raw / f"{name}.gz", directory)
-        failure = _download(bad, directory)
+            for packed in idx.forms(raw, name)[2:]:
+                if packed.is_file():
+                    shutil.copy(packed, Path(directory, f"{name}.gz"))
+        failure = download.fetch(bad, directory)
         for name in bad:
             if synthetic.md5_sum(Path(directory, name)) != MNIST_MD5[name]:
                 if not present:
-                    raise UnreachableError(f"{raw}: MNIST is not there, and the download failed: {failure}")
+                    raise UnreachableError(
+                        f"{raw}: MNIST is not there, and the download failed: {failure}; expected "
+                        f"{', '.join(MNIST_MD5)}, found in {root}: {idx.found(root)}"
+                    )
                 # Of the two forms of a file the gzipped one is at fault where both are there: it mends the other.
-                culprit = next((p for p in (raw / f"{name}.gz", raw / name) if p in present), None)
+                culprit = next((path for path in reversed(idx.forms(raw, name)) if path in present), None)
                 state = f"{culprit} is damaged" if culprit else f"{raw / name} is missing"
                 raise DataError(f"{state}, and the download failed: {failure}; go online, or put a good copy there")
         for name in bad:
+            _set_aside(raw, name)
             Path(directory, name).replace(raw / name)
     return raw
 
 
-def _download(names: list[str], directory: str) -> str:
-    """Fetch and unpack files, unless their gzipped form is in the directory already; say what went wrong, if anything.
+def _is_mnist(raw: Path, name: str) -> bool:
+    path, md5 = idx.locate(raw, name), MNIST_MD5[name]
+    if path.suffix == ".gz":
+        from torchvision.datasets import MNIST  # takes a second
 
-    Raises:
-        OSError: The disk is full.
-    """
-    result: Future[str] = Future()
-    given_up = threading.Event()
-
-    def fetch() -> None:
-        try:
-            failures = (_from_mirrors(f"{name}.gz", directory, given_up) for name in names)
-            result.set_result(next(filter(None, failures), ""))
-        except Exception as error:
-            result.set_exception(error)
-
-    # torchvision sets no time limit, and no socket's would cover looking up a name or a host with many addresses.
-    thread = threading.Thread(target=fetch, daemon=True)
-    default = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(MIRROR_TIMEOUT)
-    try:
-        thread.start()
-        size, since = -1, time.monotonic()
-        while thread.is_alive() and time.monotonic() - since < DOWNLOAD_TIMEOUT:
-            thread.join(0.1)
-            now = sum(path.stat().st_size for path in Path(directory).iterdir())
-            if now != size:
-                size, since = now, time.monotonic()
-    finally:
-        socket.setdefaulttimeout(default)
-        given_up.set()
-    return f"nothing arrived for {DOWNLOAD_TIMEOUT:.0f} s" if thread.is_alive() else result.result()
+        md5 = dict(MNIST.resources)[path.name.replace(".idx", "-idx")]
+    return synthetic.md5_sum(path) == md5
 
 
-def _from_mirrors(name: str, directory: str, given_up: threading.Event) -> str:
-    from torchvision.datasets import MNIST  # takes a second, and mostly nothing is to be downloaded
-    from torchvision.datasets.utils import download_and_extract_archive
+def _refuse_own(raw: Path) -> None:
+    """Tell somebody's own files, a whole pair of them, from damaged ones."""
+    for file in ("train", "t10k"):
+        pair = [name for name in MNIST_MD5 if name.startswith(file)]
+        if not any(_is_mnist(raw, name) for name in pair):
+            try:
+                images, _ = idx.read(raw, file)
+            except (DataError, OSError):
+                continue
+            raise DataError(
+                f"{idx.locate(raw, pair[0])} holds {len(images):,} images that are not MNIST's; to train on them, give "
+                "--data.dataset files; to get MNIST, move the files away or give another --data.root"
+            )
 
-    failures = []
-    for mirror in MNIST.mirrors:
-        if given_up.is_set():
-            break
-        try:
-            download_and_extract_archive(f"{mirror}{name}", directory, filename=name, md5=dict(MNIST.resources)[name])
-            return ""
-        except Exception as error:  # whatever a mirror may answer
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise
-            failures.append(f"{mirror}{name}: {' '.join(str(error).split()) or type(error).__name__}")
-    return ", ".join(failures)
+
+def _set_aside(raw: Path, name: str) -> None:
+    """Keep a file that may be the user's: what its name promises is about to be put there."""
+    path = raw / name
+    if path.exists() and not _is_mnist(raw, name):
+        aside = next(aside for n in itertools.count(1) if not (aside := raw / f"{name}.aside{n}").exists())
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            path.rename(aside)
+            print(f"{path} was not MNIST's file, and is kept as {aside.name}", file=sys.stderr)
 
 
 def _get_synthetic(root: Path) -> Path:
     raw = root / "synthetic" / "raw"
     if not synthetic.is_complete(raw):
-        raw.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root, prefix=".make-") as directory:
-            synthetic.make(Path(directory))
-            for path in Path(directory).iterdir():
-                path.replace(raw / path.name)
+        with idx.alone(raw), TemporaryDirectory(dir=root, prefix=".make-") as directory:
+            if not synthetic.is_complete(raw):
+                synthetic.make(Path(directory))
+                for path in Path(directory).iterdir():
+                    path.replace(raw / path.name)
     return raw
 
 

@@ -13,9 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from . import processes
+from . import auto, processes
 from .checkpoint_file import CheckpointError, find, read
 from .checkpoint_io import CheckpointIO
 from .checkpoints import BestAndLast, FiniteLosses
@@ -26,8 +25,8 @@ from .main import TRAINER_COMMANDS
 from .parser import Parser, UsageError, check_values, keep_limits_whole, shorter
 from .progress import EpochsFromOne
 from .report import Report
-from .run import RUNS, run_directory, say
-from .tensorboard import RunLogger
+from .run import RUNS
+from .tensorboard import RunLogger, discard, say_where
 
 
 class LightningParser(Parser, LightningArgumentParser):
@@ -98,6 +97,9 @@ class CLI(LightningCLI):
         self._runs = runs_directory(config.trainer)
         self._run: Path | None = None
         self._checkpoint: str | None = None
+        self._lock: int | None = None
+        if config.ckpt_path == "auto" and self.config.subcommand == "fit":
+            config.ckpt_path, self._run, self._lock = auto.find(self._runs, config)
         if config.ckpt_path:
             self._take_checkpoint(parser, args)
         elif self.config.subcommand != "fit":
@@ -159,7 +161,7 @@ class CLI(LightningCLI):
                 self._runs.parent,
                 name=RUNS,
                 version=self._run.name if self._run else None,
-                log_graph=self._run is None,
+                log_graph=not (self._run and self._checkpoint),
                 default_hp_metric=False,
             )
         callbacks, plugins = (
@@ -168,9 +170,9 @@ class CLI(LightningCLI):
         )
         if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
             raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
-        ours = (ExactResumption, processes.Timeout, processes.OwnRandomNumbers)
+        ours = (ExactResumption(self._lock), processes.Timeout(), processes.OwnRandomNumbers())
         self._report = Report()
-        callbacks = [*(kind() for kind in ours), *callbacks, FiniteLosses(), self._report]
+        callbacks = [*ours, *callbacks, FiniteLosses(), self._report]
         callbacks += [kind() for kind in self.callbacks]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
@@ -196,14 +198,13 @@ class CLI(LightningCLI):
         """Train, then test."""
         # config.yaml repeats the whole run, also where this process resumed it.
         self.config.fit.ckpt_path = None
+        auto.begin(self.trainer, self.config.fit)
         try:
             self.trainer.fit(**kwargs)
         except Exception as error:
             if self._report.has_begun:
                 raise
-            for logger in self.trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.discard()
+            discard(self.trainer)
             if isinstance(error, ValueError | TypeError):
                 raise UsageError(str(error)) from error
             raise
@@ -217,6 +218,7 @@ class CLI(LightningCLI):
             # The hyperparameters and the graph are logged already.
             self.trainer.enable_autolog_hparams = False
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        auto.finish(self.trainer)
 
     def validate(self, **kwargs: Any) -> None:
         """Measure the validation split."""
@@ -232,13 +234,6 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the run is."""
-        directory = run_directory(self.trainer)
-        if directory is None:
-            return
-        if directory.is_relative_to(Path.cwd()):
-            directory = directory.relative_to(Path.cwd())
-        say(f"Run: {directory}")
-        if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
-            say(f"Look at it: tensorboard --logdir {directory.parent}")
+        say_where(self.trainer)
 
     after_validate = after_test = after_predict = after_fit

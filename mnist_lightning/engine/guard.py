@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,8 +27,8 @@ class ExactResumption(pl.Callback):
             optimization, or has another number of iterations in an epoch or in the schedule of the learning rate.
     """
 
-    def __init__(self) -> None:
-        self._lock: int | None = None
+    def __init__(self, lock: int | None = None) -> None:
+        self._lock = lock  # what `hold` has returned already
         self._checkpoint: dict[str, Any] = {}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
@@ -38,7 +39,8 @@ class ExactResumption(pl.Callback):
         self._checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING else {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_lock(trainer)
+        if self._lock is None and (run := run_directory(trainer)):
+            self._lock = hold(run)
         # Lightning would refuse it too, but only after the training.
         limit, data = trainer.limit_test_batches, trainer.datamodule  # type: ignore[attr-defined]
         if data and isinstance(limit, float) and 0 < limit < 1 and int(limit * len(data.test_dataloader())) == 0:
@@ -73,20 +75,6 @@ class ExactResumption(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release_lock()
 
-    def _take_lock(self, trainer: pl.Trainer) -> None:
-        run = run_directory(trainer)
-        if run is None or sys.platform == "win32":
-            return
-        import fcntl  # Windows has none
-
-        self._lock = os.open(run, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MisconfigurationException(f"another process is training in {run}") from error
-        except OSError:
-            pass  # a file system without locks
-
     def _release_lock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
@@ -97,6 +85,27 @@ def early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
     """The Trainer's `EarlyStopping` that has found a reason to stop, if one has."""
     callbacks = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # type: ignore[attr-defined]
     return next((c for c in callbacks if c.stopping_reason != EarlyStoppingReason.NOT_STOPPED), None)
+
+
+def hold(run: Path) -> int | None:
+    """Lock a run's directory; return the file descriptor that holds the lock, or None where there are no locks.
+
+    Raises:
+        MisconfigurationException: Another process holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl  # Windows has none
+
+    lock = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise MisconfigurationException(f"another process is training in {run}") from error
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def refuse_manual_optimization(checkpoint: dict[str, Any]) -> None:

@@ -125,6 +125,17 @@ def gather(trainer: pl.Trainer, part: Tensor) -> Tensor:
     return torch.cat(gather_all_tensors(part)) if trainer.world_size > 1 else part
 
 
+def meet(environment: ClusterEnvironment, accelerator: str) -> None:
+    """Let the processes that a launcher has started connect before there is a Trainer, which then finds them so."""
+    if not torch.distributed.is_initialized():
+        os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
+        on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"  # on CPUs Lightning asks whether it is just "gloo"
+        torch.distributed.init_process_group(
+            backend, rank=environment.global_rank(), world_size=environment.world_size()
+        )
+
+
 def slurm(plugins: list[Any]) -> list[ClusterEnvironment]:
     """SLURM as Lightning would find it by itself, but without requeueing: that would save past `BestAndLast`.
 
@@ -132,7 +143,7 @@ def slurm(plugins: list[Any]) -> list[ClusterEnvironment]:
         plugins: The user's; one that says how processes are started is kept.
     """
     given = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
-    return [SLURMEnvironment(auto_requeue=False)] if _launcher() is SLURMEnvironment and not given else []
+    return [SLURMEnvironment(auto_requeue=False)] if launcher() is SLURMEnvironment and not given else []
 
 
 def check(trainer: pl.Trainer) -> None:
@@ -142,10 +153,10 @@ def check(trainer: pl.Trainer) -> None:
         MisconfigurationException: Its strategy is another one than `ddp`, or the launcher has started another number of
             processes than its settings say.
     """
-    launcher = _launcher()
+    kind = launcher()
     # A script that asked SLURM for several tasks may still run a single process.
-    if launcher is TorchElasticEnvironment or (launcher and trainer.world_size > 1):
-        started = launcher().world_size()
+    if kind is TorchElasticEnvironment or (kind and trainer.world_size > 1):
+        started = kind().world_size()
         if started != trainer.world_size:
             raise MisconfigurationException(
                 f"{started} processes were started, but trainer.devices times trainer.num_nodes is "
@@ -172,9 +183,10 @@ def check_share(batch_size: int, world_size: int) -> None:
         )
 
 
-def _launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
+def launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
+    """What has started this process, as Lightning sees it."""
     # In Lightning's order: torchrun may itself have been started by SLURM.
-    return next((launcher for launcher in (TorchElasticEnvironment, SLURMEnvironment) if launcher.detect()), None)
+    return next((kind for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
 
 
 class Timeout(pl.Callback):
@@ -205,7 +217,7 @@ def is_lost(error: Exception) -> bool:
 
 def end_with_launcher() -> None:
     """Let a process that Lightning started end with the process that started it; Lightning watches only the reverse."""
-    if _launcher():
+    if launcher():
         return
     if LAUNCHER not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[LAUNCHER] = str(os.getpid())

@@ -10,12 +10,18 @@ import lightning.pytorch as pl
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from .checkpoint_file import write_whole
+from .run import run_directory, say
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLogger(TensorBoardLogger):
-    """A TensorBoard logger whose `version_N` directories are numbered without a race."""
+    """A TensorBoard logger whose `version_N` directories are numbered without a race, and marked as unfinished."""
+
+    unfinished: tuple[str, str] | None = None
+    """Name and content of a file to put there at once, if it is not there."""
 
     _number: int | None = None
     _is_made = False
@@ -36,6 +42,8 @@ class RunLogger(TensorBoardLogger):
                 self._is_made = True
             except FileExistsError:
                 self._number = number + 1
+        if self.unfinished and not (path := Path(self.log_dir, self.unfinished[0])).exists():
+            write_whole(path, self.unfinished[1].encode())
         writer: SummaryWriter = super().experiment
         return writer
 
@@ -45,6 +53,13 @@ class RunLogger(TensorBoardLogger):
             shutil.rmtree(self.log_dir, ignore_errors=True)
             with contextlib.suppress(OSError):  # there are other runs
                 Path(self.root_dir).rmdir()
+
+
+def discard(trainer: pl.Trainer) -> None:
+    """Remove the directory of a run that has not begun."""
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.discard()
 
 
 def rewind(trainer: pl.Trainer) -> None:
@@ -76,6 +91,18 @@ def log_picture(trainer: pl.Trainer, tag: str, path: Path, step: int) -> None:
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=path.read_bytes())
     for writer in _writers(trainer):
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def say_where(trainer: pl.Trainer) -> None:
+    """Say where the run is, and how to look at it."""
+    directory = run_directory(trainer)
+    if directory is None:
+        return
+    if directory.is_relative_to(Path.cwd()):
+        directory = directory.relative_to(Path.cwd())
+    say(f"Run: {directory}")
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        say(f"Look at it: tensorboard --logdir {directory.parent}")
 
 
 def _writers(trainer: pl.Trainer) -> Iterator[Any]:

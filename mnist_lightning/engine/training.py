@@ -75,6 +75,7 @@ def _silence_what_no_user_can_act_on() -> None:
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
         r"The number of training batches .* is smaller than the logging interval",  # a short run is no mistake
         r"Checkpoint directory .* exists and is not empty",  # of the run that is being resumed
+        r"The `srun` command is available on your system",  # also on a machine that only hands jobs in
         r"LightningCLI's args parameter is intended to run from within Python",  # to add a run's own config
         r"(?s)\s*Unable to serialize instance",  # `config.py` writes it all the same
         r"Be aware that when using `ckpt_path`, callbacks",  # only `fit` writes checkpoints

@@ -11,7 +11,7 @@
 All contestants train on the same 55,000 images with the same recipe, an epoch each in turn, so that a machine that gets
 slower gets slower for all; then each reads the test set, so that nobody is fast by doing less. Each has a process
 of its own: thread pools in one process would slow each other down. JAX, Keras (on TensorFlow) and scikit-learn take
-part where they are installed.
+part where they are installed. The last column is the anonymous memory after training above that from before it.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from torchvision.transforms import ToTensor
 from whole import beside, whole
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
-from mnist_lightning.digits import files
+from mnist_lightning.digits import idx
 
 Split = tuple[Tensor, Tensor]
 Contestants = dict[str, tuple[Callable[..., float], dict[str, Any]]]
@@ -104,8 +104,8 @@ class TakeTurns(pl.Callback):
 
 
 def as_floats(split: Split) -> Split:
-    """The pixels as float32 in [0, 1], resident in memory."""
-    return split[0].float().div_(255), split[1]
+    """The pixels as float32 in [0, 1] and the labels as int64, resident in memory."""
+    return split[0].float().div_(255), split[1].long()
 
 
 def read_accuracy(network: nn.Module, test: Split) -> float:
@@ -348,20 +348,31 @@ def contest(
         logging.getLogger(name).setLevel(logging.ERROR)
     settings = dict(settings)
     if "tiles" in settings:
-        files.read = partial(read_tiled, files.read, settings.pop("tiles"))
+        idx.read = partial(read_tiled, idx.read, settings.pop("tiles"))
     data = MNISTDataModule(options.dataset, options.root, settings.pop("batch_size", 100))
     data.prepare_data()
     data.setup("fit")
     torch.manual_seed(0)
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
-        pipe.send(contestant(Turns(pipe, options.epochs), data, **settings))
+        before = anonymous_memory()
+        accuracy = contestant(Turns(pipe, options.epochs), data, **settings)
+        pipe.send((accuracy, anonymous_memory() - before))
         # Until the main process ends: even ending would be work in another's turn.
         with contextlib.suppress(EOFError):
             pipe.recv()
 
 
-def in_turns(contestants: Contestants, options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Let each run an epoch in turn; return their seconds of each epoch and their accuracies."""
+def anonymous_memory() -> float:
+    """MB that belong to this process alone, where the system is Linux: mapped files are not counted."""
+    with contextlib.suppress(OSError), Path("/proc/self/status").open() as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+    return float("nan")
+
+
+def in_turns(
+    contestants: Contestants, options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, tuple[float, float]]]:
+    """Let each run an epoch in turn; return their seconds of each epoch, their accuracies and MB of memory."""
     spawn = multiprocessing.get_context("spawn")
     pipes = {}
     for name, (contestant, settings) in contestants.items():
@@ -371,14 +382,14 @@ def in_turns(contestants: Contestants, options: argparse.Namespace) -> tuple[dic
     for pipe in pipes.values():
         pipe.recv()  # ready
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    accuracies = {}
+    found = {}
     for _ in range(options.epochs):
         for name, pipe in pipes.items():
             pipe.send("go")
             seconds[name].append(pipe.recv())
-            # Ready for the next epoch or, after the last one, the accuracy: nobody works in another's turn.
-            accuracies[name] = pipe.recv()
-    return seconds, accuracies
+            # Ready for the next epoch or, after the last one, what it found: nobody works in another's turn.
+            found[name] = pipe.recv()
+    return seconds, found
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:
@@ -410,11 +421,13 @@ def compare(options: argparse.Namespace) -> None:
     if find_spec("sklearn"):
         contestants["scikit-learn"] = scikit_learn, {}
     contestants |= {PLAIN_CNN: (cnn_reference, {}), "small CNN, our Trainer": (our_cnn, {})}
-    seconds, accuracies = in_turns(contestants, options)
-    print("\n| | seconds an epoch | of the reference | test accuracy |\n| --- | --- | --- | --- |")
+    seconds, found = in_turns(contestants, options)
+    print("\n| | seconds an epoch | of the reference | test accuracy | MB of memory |\n| --- | --- | --- | --- | --- |")
     for name, values in seconds.items():
         base = seconds[PLAIN_CNN if "CNN" in name else PLAIN]
-        print(f"| {name} | {statistics.median(values[1:]):.2f} | {ratio(values, base):.2f} | {accuracies[name]:.2%} |")
+        accuracy, memory = found[name]
+        times = f"{statistics.median(values[1:]):.2f} | {ratio(values, base):.2f}"
+        print(f"| {name} | {times} | {accuracy:.2%} | {memory:.0f} |")
     ours, base = seconds["this project"], seconds[PLAIN]
     print(f"\nThis project's last epoch took {ours[-1] / base[-1] / (ours[1] / base[1]):.2f} of its second's time.")
 

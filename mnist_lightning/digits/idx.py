@@ -1,0 +1,165 @@
+"""IDX files, MNIST's format: found under the names that people give them, checked, and mapped into memory."""
+
+import contextlib
+import errno
+import gzip
+import io
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_lightning.model import CLASSES, SIDE
+
+NAMES = [f"{file}-{content}-ubyte" for file in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
+
+
+class DataError(RuntimeError):
+    """Files that are damaged, missing or cannot be written; the message names them and says what to do."""
+
+
+def forms(raw: Path, name: str) -> list[Path]:
+    """Where a file of one of MNIST's names may lie in a directory: also as `train-images.idx3-ubyte`, also gzipped."""
+    return [raw / f"{form}{end}" for end in ("", ".gz") for form in (name, name.replace("-idx", ".idx"))]
+
+
+def locate(raw: Path, name: str) -> Path:
+    """The first of its `forms` that is there, or `raw / name` where none is."""
+    return next((path for path in forms(raw, name) if path.is_file()), raw / name)
+
+
+def missing(raw: Path) -> list[str]:
+    """Those of the four names that have no file in a directory."""
+    return [name for name in NAMES if not locate(raw, name).is_file()]
+
+
+def found(root: Path) -> str:
+    """In words, what lies in and below a directory that may be somebody's MNIST in another form."""
+    paths = (path for depth in ("*", "*/*", "*/*/*") for path in root.glob(depth) if path.is_file())
+    names = sorted(path.relative_to(root).as_posix() for path in paths)
+    of_data = re.compile(r"(?i)(mnist|idx|ubyte|\.(pt|npz|csv|parquet|pkl|mat|zip|tar)\b)")
+    names = [name for name in names if of_data.search(name) and not name.startswith(("synthetic/", "."))]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6:,} more" if len(names) > 6 else "") or "none"
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Let one process at a time, of all machines that share a directory, do something there; others wait."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl  # Windows has none
+
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def unpack(raw: Path) -> None:
+    """Unpack what is there only gzipped, beside it, once; in a folder that cannot be written, say that `read` does it.
+
+    Raises:
+        DataError: A gzipped file is damaged.
+        OSError: The disk is full.
+    """
+    for path in (locate(raw, name) for name in NAMES):
+        if path.suffix == ".gz":
+            with alone(raw):
+                _unpack_beside(path)
+
+
+def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """Read images, (N, 784) uint8, and labels, (N,) uint8, 0 to 9, of the training or the test file.
+
+    Both are the files themselves, mapped into memory and shared with other processes. Write to a copy of them.
+
+    Raises:
+        DataError: A file is not of this form, or they do not fit each other; the message names the file and the place.
+    """
+    images_path, labels_path = (locate(raw, name) for name in NAMES if name.startswith(file))
+    images, labels = _values(images_path, SIDE, SIDE).flatten(1), _values(labels_path)
+    if len(images) != len(labels):
+        raise DataError(f"{labels_path} has {len(labels):,} labels, but {images_path} {len(images):,} images")
+    if labels.max() >= CLASSES:
+        index = int((labels >= CLASSES).nonzero()[0])
+        raise DataError(
+            f"{labels_path}: the label of image {index:,}, counted from 0 (byte {8 + index:,}), is {labels[index]}; "
+            f"expected 0 to {CLASSES - 1}"
+        )
+    return images, labels
+
+
+def fingerprint(raw: Path) -> str:
+    """What tells data sets apart: the numbers of images and a checksum (CRC-32) of the labels."""
+    train, test = read(raw, "train")[1].numpy(), read(raw, "t10k")[1].numpy()
+    checksum = zlib.crc32(test.data, zlib.crc32(train.data))
+    return f"{len(train):,} and {len(test):,} images, labels {checksum:08x}"
+
+
+def _values(path: Path, *shape: int) -> Tensor:
+    """The values of an IDX file of bytes, (N, *shape) uint8."""
+    if path.suffix == ".gz":
+        unpacked = io.BytesIO()
+        _unpack(path, unpacked)
+        content = np.frombuffer(unpacked.getbuffer(), np.uint8)
+    else:
+        # Copy-on-write: PyTorch has no read-only tensors, and no mistake may change the file.
+        content = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
+    header = struct.Struct(f">{2 + len(shape)}I")
+    magic, count, *sides = header.unpack(content[: header.size].tobytes().ljust(header.size, b"\0"))
+    size = header.size + count * math.prod(shape)
+    if magic != (expected := 0x801 + len(shape)):
+        kind = "images" if shape else "labels"
+        problem = f"it begins with the bytes {magic:08x}, an IDX file of {kind} with {expected:08x}"
+    elif tuple(sides) != shape:
+        problem = f"its images are {'x'.join(map(str, sides))} (bytes 8 to {header.size - 1}); expected {SIDE}x{SIDE}"
+    elif content.size != size or not count:
+        problem = (
+            f"for the {count:,} of its header (bytes 4 to 7) it would have {size:,} bytes; it has {content.size:,}"
+        )
+    else:
+        return torch.from_numpy(content[header.size :].reshape(count, *shape))
+    raise DataError(f"{path} is damaged or of another kind: {problem}")
+
+
+def _unpack_beside(path: Path) -> None:
+    unpacked = path.with_suffix("")
+    if unpacked.is_file():  # by another process
+        return
+    try:
+        # Aside and renamed: a file may be mapped by other processes, and one that is cut off must not be found.
+        with TemporaryDirectory(dir=path.parent, prefix=".unpack-") as directory:
+            aside = Path(directory, unpacked.name)
+            with aside.open("wb") as file:
+                _unpack(path, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(unpacked)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"{path.parent} cannot be written: each process unpacks {path.name} into memory", file=sys.stderr)
+
+
+def _unpack(path: Path, file: IO[bytes]) -> None:
+    try:
+        with gzip.open(path) as packed:
+            shutil.copyfileobj(packed, file, 1 << 20)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
