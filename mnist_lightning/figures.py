@@ -22,10 +22,18 @@ class Figures(pl.Callback):
     Args:
         misclassified: Which nine of the misclassified digits to show: the first of the test file (`file_order`), or
             those that the network was surest of (`confidence`).
+        inside: Draw the network's layers and weights, and why it read digits wrong.
+        projector: Show 1,000 test digits in TensorBoard's projector, by the activations of the last hidden layer.
     """
 
-    def __init__(self, misclassified: Literal["file_order", "confidence"] = "file_order") -> None:
+    def __init__(
+        self,
+        misclassified: Literal["file_order", "confidence"] = "file_order",
+        inside: bool = True,
+        projector: bool = False,
+    ) -> None:
         self.misclassified = misclassified
+        self.inside, self.projector = inside, projector
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw five training digits beside distorted copies, where there are distortions."""
@@ -48,7 +56,9 @@ class Figures(pl.Callback):
         self._logits.append(gather(trainer, outputs))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what was read right and wrong."""
+        """Draw what was read right and wrong, and the network itself."""
+        from mnist_lightning.digits import inside
+
         logits = torch.cat(self._logits).cpu().float()
         if run_directory(trainer) is None:
             return
@@ -76,4 +86,8 @@ class Figures(pl.Callback):
         if history and history.train:
             train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (history.train, history.val))
             figures["training_curves"] = plots.training_curves(train, val, f"{data.dataset_name}: training curves")
+        if self.inside:
+            figures |= inside.draw(pl_module, data, predictions, mistakes)
         save_figures(figures, trainer)
+        if self.projector:
+            inside.project(trainer, pl_module, data, predictions)

@@ -37,7 +37,8 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
     """Draw up to nine digits in a 3x3 grid.
 
     Args:
-        images: (N, 784) pixels in [0, 1]; the first nine are drawn, and a grid of fewer stays partly empty.
+        images: (N, 784) pixels in [0, 1], or (N, 784, 4) of red, green, blue and opacity; the first nine are drawn, and
+            a grid of fewer stays partly empty.
         titles: A title for each image.
         heading: Title of the whole figure.
     """
@@ -49,7 +50,7 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
         axes.set(xticks=(), yticks=())
         axes.axis("off")
         if index < min(len(images), 9):
-            axes.imshow(images[index].reshape(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(images[index].reshape(SIDE, SIDE, -1).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(titles[index], fontsize=10)
     if len(images) == 0:
         figure.text(0.5, 0.5, "none", ha="center", va="center", color="gray", fontsize=16)
