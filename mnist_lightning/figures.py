@@ -57,7 +57,7 @@ class Figures(pl.Callback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what was read right and wrong, and the network itself."""
-        from mnist_lightning.digits import inside
+        from mnist_lightning.digits import inside_plots
 
         logits = torch.cat(self._logits).cpu().float()
         if run_directory(trainer) is None:
@@ -87,7 +87,7 @@ class Figures(pl.Callback):
             train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (history.train, history.val))
             figures["training_curves"] = plots.training_curves(train, val, f"{data.dataset_name}: training curves")
         if self.inside:
-            figures |= inside.draw(pl_module, data, predictions, mistakes)
+            figures |= inside_plots.draw(pl_module, data, predictions, mistakes)
         save_figures(figures, trainer)
         if self.projector:
-            inside.project(trainer, pl_module, data, predictions)
+            inside_plots.project(trainer, pl_module, data, predictions)

@@ -42,9 +42,10 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
         titles: A title for each image.
         heading: Title of the whole figure.
     """
-    figure = Figure(figsize=(5, 5.8))
-    figure.suptitle(heading, y=0.985)
-    figure.subplots_adjust(0.02, 0.02, 0.98, 0.86, wspace=0.05, hspace=0.2)
+    more = max([0, *(title.count("\n") for title in titles)])  # lines of a title
+    figure = Figure(figsize=(5, 5.8 + more))
+    figure.suptitle(heading, y=0.985, fontsize=12 - more)
+    figure.subplots_adjust(0.02, 0.02, 0.98, 0.86 - 0.02 * more, wspace=0.05, hspace=0.2 + 0.15 * more)
     for index, axes in enumerate(figure.subplots(3, 3).flat):
         # Matplotlib measures the labels of ticks also where the axis is off, which takes half of the time to draw.
         axes.set(xticks=(), yticks=())
