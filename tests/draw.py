@@ -35,5 +35,5 @@ with sync_playwright() as playwright:
             page.mouse.down()
     page.mouse.up()
     page.wait_for_timeout(500)
-    page.screenshot(path=picture_file)
+    page.screenshot(path=picture_file, full_page=True)
     browser.close()

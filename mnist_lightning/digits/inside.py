@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from mnist_lightning.model import CLASSES, PIXELS, SIDE
 
 # Against, neither, for: told apart by the colour blind, and in black and white, as light, grey and dark.
-ORANGE_TO_BLUE = ((255, 208, 122), (232, 152, 46), (130, 130, 130), (58, 103, 181), (11, 31, 92))
+ORANGE_TO_BLUE = ((255, 192, 98), (232, 152, 46), (130, 130, 130), (58, 103, 181), (11, 31, 92))
 KINDS = {name.lower(): name for name in dir(nn)}  # the function `max_pool2d` is named as its module
 
 
@@ -80,21 +80,21 @@ def detectors(trace: Trace) -> tuple[Tensor, Tensor] | None:
     return weights[order].unflatten(1, (SIDE, SIDE)), effects[:, order].argmax(0)
 
 
-def reasons(network: nn.Module, images: Tensor, digits: Tensor, others: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Say why a network reads one digit, (N,), and not another, (N,), in images, (N, 784): what each pixel adds to the
-    lead of one logit over the other, (N, 784), and a constant, (N,).
+def reasons(network: nn.Module, images: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Say why logits are what they are in images, (N, 784) in [0, 1]: what each pixel adds, (N, 784), and a constant, (N,).
 
-    A network of ReLUs is piecewise linear: with the active units held, this sum is exact. Where the third value is
-    false, the network is no such one, and this is gradient times input.
+    They add up to a sum of logits by `shares`, (N, 10), such as 1 for one digit and -1 for another. A network of ReLUs is
+    piecewise linear: with the active units held, this is exact. Else the third value is false, and this is gradient
+    times input.
     """
     pixels = images.to("cpu", torch.double, copy=True)
     # Within a linear piece, and only there, the slope is the same further on. So little further, no unit switches.
-    trace, rows = Trace(network, torch.cat([pixels, pixels * (1 + 1e-7)])), torch.arange(2 * len(images))
-    leads = trace.logits[rows, digits.repeat(2)] - trace.logits[rows, others.repeat(2)]
-    slopes, further = torch.autograd.grad(leads.sum(), trace.pixels)[0].chunk(2)
+    trace = Trace(network, torch.cat([pixels, pixels * (1 + 1e-7)]))
+    sums = (trace.logits * shares.repeat(2, 1)).sum(1)
+    slopes, further = torch.autograd.grad(sums.sum(), trace.pixels)[0].chunk(2)
     pixels *= slopes
     is_exact = torch.allclose(slopes, further, rtol=0, atol=1e-11 * slopes.abs().max().item())
-    return pixels, leads.detach()[: len(images)] - pixels.sum(1), is_exact
+    return pixels, sums.detach()[: len(images)] - pixels.sum(1), is_exact
 
 
 def colored(images: Tensor, pixels: Tensor) -> Tensor:

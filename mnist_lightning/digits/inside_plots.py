@@ -34,14 +34,11 @@ def draw(network: nn.Module, data: Any, predictions: Tensor, mistakes: Tensor) -
             say("No figure weights.png: the first layer's units have not one weight for each pixel")
         if len(which := mistakes[:9]):
             images, read, true = data.test[0][which].float() / 255, predictions[which], data.test[1][which]
-            pixels, constants, is_exact = reasons(network, images, read, true)
-            each = zip(read, true, pixels.sum(1), constants, strict=True)
-            titles = [f"why {a} and not {b}" + f"\n{p:+.1f} {c:+.1f} = {p + c:+.1f}" * is_exact for a, b, p, c in each]
-            told = (
-                "ink + constant = lead of one logit over the other"
-                if is_exact
-                else "gradient times input: no exact sum here"
-            )
+            pixels, constants, is_exact = reasons(network, images, torch.eye(CLASSES)[read] - torch.eye(CLASSES)[true])
+            sums = [f"{a:+.1f} {b:+.1f} = {a + b:+.1f}" for a, b in zip(pixels.sum(1), constants, strict=True)]
+            pairs = zip(read, true, sums if is_exact else ["no exact sum"] * len(which), strict=True)
+            titles = [f"why {digit} and not {other}\n{text}" for digit, other, text in pairs]
+            told = "ink + constant = lead of one logit over the other" if is_exact else "gradient times input"
             heading = f"{name}: why it read that\nblue (dark) ink is for it, orange (light) against\n{told}"
             figures["why"] = plots.digit_grid(colored(images, pixels), titles, heading)
     except Exception as error:  # a network that does not run here must not fail a run that is done
