@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import prepare
 from PIL import Image
 
-from mnist_lightning.digits import pictures, synthetic
+from mnist_lightning.digits import inside, pictures, synthetic
 from mnist_lightning.model import MLP
 from mnist_lightning.share import demo
 
@@ -164,6 +164,48 @@ def test_reads_the_test_digits_as_the_network_does(page: "Page", root: Path, mlp
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), logits, rtol=0, atol=1e-3)
     assert torch.equal(torch.tensor(found).argmax(1), logits.argmax(1))
     assert len(logits.argmax(1).unique()) >= 5
+
+
+def test_pixels_and_constant_add_up_to_the_logits(page: "Page", root: Path, mlp: MLP) -> None:
+    shares = [*torch.eye(10).tolist(), [0, 0, 1, 0, 0, 0, -1, 0, 0, 0]]
+    for image in prepare("synthetic", root).test[0][:3].float() / 255:
+        logits = torch.tensor(page.evaluate("logits", image.tolist()), dtype=torch.float64)
+        found = [page.evaluate("([pixels, shares]) => reasons(pixels, shares)", [image.tolist(), s]) for s in shares]
+        points = torch.tensor([row["points"] for row in found], dtype=torch.float64)
+        constants = torch.tensor([row["constant"] for row in found], dtype=torch.float64)
+        sums = torch.tensor(shares, dtype=torch.float64) @ logits
+        torch.testing.assert_close(points.sum(1) + constants, sums, rtol=0, atol=1e-4)
+        expected, expected_constants, _ = inside.reasons(mlp, image.repeat(len(shares), 1), torch.tensor(shares))
+        torch.testing.assert_close(points, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(constants, expected_constants, rtol=0, atol=1e-4)
+
+
+def test_says_why_it_reads_that(page: "Page") -> None:
+    section = page.locator("#why")
+    assert section.is_hidden()
+    draw(page, strokes_of(3))
+    assert section.is_visible()
+    best, second = re.fullmatch(r"Why (\d) and not (\d)\?", section.get_by_role("heading").inner_text()).groups()  # type: ignore[union-attr]
+    assert page.get_by_role("region", name=f"Why {best} and not {second}?").count() == 1
+    assert page.get_by_role("img", name=f"ink for {best} in full squares, ink for {second} in rings").count() == 1
+    scores = page.evaluate("logits(normalise(readInk(), inkCanvas.width, inkCanvas.height))")
+    assert [str(digit) for digit in np.argsort(scores)[:-3:-1]] == [best, second] == ["3", second]
+    terms, numbers = (section.locator(tag).all_inner_texts() for tag in ("dt", "dd"))
+    assert terms == [
+        f"Ink that speaks for {best}",
+        f"Ink that speaks for {second}",
+        "A constant, whatever the ink",
+        f"{best} is ahead by",
+    ]
+    gained, lost, constant, lead = (float(number.replace("\u2212", "-")) for number in numbers)
+    assert gained > 0 > lost
+    assert lead == pytest.approx(gained + lost + constant, abs=0.21)
+    assert lead == pytest.approx(scores[int(best)] - scores[int(second)], abs=0.06)
+    kinds = {kind: page.locator(f"#marks .{kind}").count() for kind in ("ink", "for", "against")}
+    assert kinds["ink"] >= kinds["for"] + kinds["against"]
+    assert min(kinds.values()) > 5
+    page.keyboard.press("Escape")
+    assert section.is_hidden()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -340,8 +382,16 @@ def test_never_scrolls_sideways(page: "Page", width: int) -> None:
 
 def test_is_readable_by_day_and_by_night(page: "Page") -> None:
     grounds = []
+    draw(page, strokes_of(3))
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
+        paper, *marks = page.evaluate(
+            """[["#marks", "backgroundColor"], ["#marks .for", "fill"], ["#marks .against", "stroke"]]
+            .map(([element, property]) => getComputedStyle(document.querySelector(element))[property])"""
+        )
+        for mark in marks:
+            low, high = sorted([luminance(paper), luminance(mark)])
+            assert (high + 0.05) / (low + 0.05) >= 3, (scheme, mark)
         ground, *texts = page.evaluate(
             """[["html", "backgroundColor"], ["html", "color"], ["#guess", "color"], ["h2", "color"], ["#hint", "fill"]]
             .map(([element, property]) => getComputedStyle(document.querySelector(element))[property])"""

@@ -189,7 +189,7 @@ def test_a_run_on_several_processes_is_the_run_on_one(
     for command in ("test", "predict"):
         run([command, *small(root)[1:], "--ckpt_path=best"])
     written = sorted(path.relative_to(one) for path in one.rglob("*") if path.suffix in (".png", ".csv", ".json"))
-    assert len(written) == 1 + 2 * 4 + 1 + 2  # figures, predictions, results
+    assert len(written) == 1 + 2 * 7 + 1 + 2  # figures, predictions, results
     for path in written:
         if path.suffix == ".json":
             results, others = (json.loads((directory / path).read_text()) for directory in (one, several))

@@ -151,7 +151,9 @@ def test_they_are_resumed_in_mid_epoch_to_the_bit(fit: Fit, name: str, tmp_path:
         assert torch.equal(found, expected)
 
 
-def test_their_figures_are_drawn(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_their_figures_are_drawn(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     headings, draw = [], plots.digit_grid
 
     def note(images: Tensor, titles: list[str], heading: str) -> Figure:
@@ -165,9 +167,13 @@ def test_their_figures_are_drawn(fit: Fit, tmp_path: Path, monkeypatch: pytest.M
         "correct.png",
         "misclassified.png",
         "confusion_matrix.png",
+        "network.png",
     }
     assert len(headings) == 2
     assert all(heading.startswith("Fashion-MNIST\n") for heading in headings)
+    out = capsys.readouterr().out
+    assert "No figure weights.png: the first layer" in out
+    assert "No figure why.png: no digit was misread" in out
 
 
 Run = Callable[..., int]

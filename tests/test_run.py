@@ -90,7 +90,7 @@ def test_a_run_keeps_its_contract(
     (tested,) = steps(run, "test/loss")
     assert [tested] == steps(run, "test/acc") == [10 + 11 * val_acc.index(max(val_acc))]
     assert events(run).Tags()["graph"]
-    names = {"correct", "misclassified", "confusion_matrix", "training_curves"}
+    names = {"correct", "misclassified", "confusion_matrix", "training_curves", "network", "weights", "why"}
     assert set(events(run).Tags()["images"]) == {f"figures/{name}" for name in names}
     assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.png" for name in names}
     logged = events(run)

@@ -27,20 +27,20 @@ class Trace(TorchFunctionMode):
     gets more than the one before gives.
     """
 
+    @torch.inference_mode(False)  # in which Lightning tests; gradients are on
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         super().__init__()
-        with torch.inference_mode(False), torch.enable_grad():  # Lightning tests in inference mode
-            tensors: dict[str, Tensor] = dict(network.named_buffers())
-            for name, tensor in tensors.items():
-                tensors[name] = tensor.to("cpu", torch.double if tensor.is_floating_point() else tensor.dtype)
-            for name, weight in network.named_parameters():
-                tensors[name] = nn.Parameter(weight.to("cpu", torch.double), requires_grad=False)
-            self._names = {id(tensor): name for name, tensor in tensors.items()}
-            self.pixels = images.to("cpu", torch.double, copy=True).requires_grad_()
-            self.layers = [SimpleNamespace(kind="pixels", name="", weights=[], outputs=self.pixels)]
-            self.branches = False
-            with self:
-                self.logits: Tensor = torch.func.functional_call(network, tensors, self.pixels)
+        tensors: dict[str, Tensor] = dict(network.named_buffers())
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to("cpu", torch.double if tensor.is_floating_point() else tensor.dtype)
+        for name, weight in network.named_parameters():
+            tensors[name] = nn.Parameter(weight.to("cpu", torch.double), requires_grad=False)
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        self.pixels = images.detach().to("cpu", torch.double, copy=True).requires_grad_()
+        self.layers = [SimpleNamespace(kind="pixels", name="", weights=[], outputs=self.pixels)]
+        self.branches = False
+        with self:
+            self.logits: Tensor = torch.func.functional_call(network, tensors, self.pixels)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note a call of a function, also by a module."""
@@ -63,6 +63,7 @@ class Trace(TorchFunctionMode):
         return result
 
 
+@torch.inference_mode(False)
 def detectors(trace: Trace) -> tuple[Tensor, Tensor] | None:
     """Find the forty units of the first layer that matter most: mean activation times the norm of ten effects.
 
@@ -80,12 +81,13 @@ def detectors(trace: Trace) -> tuple[Tensor, Tensor] | None:
     return weights[order].unflatten(1, (SIDE, SIDE)), effects[:, order].argmax(0)
 
 
+@torch.inference_mode(False)
 def reasons(network: nn.Module, images: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Say why logits are what they are in images, (N, 784) in [0, 1]: what each pixel adds, (N, 784), and a constant, (N,).
+    """Say why logits are what they are: what each pixel of images, (N, 784) in [0, 1], adds, and a constant, (N,).
 
-    They add up to a sum of logits by `shares`, (N, 10), such as 1 for one digit and -1 for another. A network of ReLUs is
-    piecewise linear: with the active units held, this is exact. Else the third value is false, and this is gradient
-    times input.
+    They add up to the sum of logits by `shares`, (N, 10), such as 1 for a digit and -1 for another. A network of ReLUs
+    is piecewise linear: with the active units held, this is exact. Else the third value is false, and the first ones
+    are gradient times input.
     """
     pixels = images.to("cpu", torch.double, copy=True)
     # Within a linear piece, and only there, the slope is the same further on. So little further, no unit switches.

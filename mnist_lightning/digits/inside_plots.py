@@ -41,6 +41,8 @@ def draw(network: nn.Module, data: Any, predictions: Tensor, mistakes: Tensor) -
             told = "ink + constant = lead of one logit over the other" if is_exact else "gradient times input"
             heading = f"{name}: why it read that\nblue (dark) ink is for it, orange (light) against\n{told}"
             figures["why"] = plots.digit_grid(colored(images, pixels), titles, heading)
+        else:
+            say("No figure why.png: no digit was misread")
     except Exception as error:  # a network that does not run here must not fail a run that is done
         say(f"No figures of the network: {error}".partition("\n")[0])
     return figures
@@ -95,7 +97,7 @@ def weights(pictures: Tensor, digits: Tensor, heading: str) -> Figure:
     axes = figure.add_axes(((7 - wide) / 14, 0.75 / height, wide / 7, high / height))
     axes.axis("off")
     colors = LinearSegmentedColormap.from_list("", np.divide(ORANGE_TO_BLUE, 255))
-    shown = axes.imshow(tiles, cmap=colors, vmin=-scale, vmax=scale)
+    shown = axes.imshow(tiles.numpy(), cmap=colors, vmin=-scale, vmax=scale)
     for index, digit in enumerate(digits):
         x, y = index % columns * 31 + 13.5, index // columns * 38 + 28
         axes.text(x, y, f"{digit}", ha="center", va="top", weight="bold")
