@@ -58,7 +58,7 @@ def train(rank: int, world_size: int, name: str, minibatch: int, port: int, resu
 def measure(world_size: int, name: str, minibatch: int, port: int) -> float:
     result = torch.zeros(1).share_memory_()
     arguments = (world_size, name, minibatch, port, result)
-    torch.multiprocessing.spawn(train, arguments, nprocs=world_size)  # type: ignore[attr-defined,no-untyped-call]
+    torch.multiprocessing.spawn(train, arguments, nprocs=world_size)  # type: ignore[attr-defined, no-untyped-call]
     return float(result)
 
 
