@@ -32,8 +32,7 @@ class Figures(pl.Callback):
         inside: bool = True,
         projector: bool = False,
     ) -> None:
-        self.misclassified = misclassified
-        self.inside, self.projector = inside, projector
+        self.misclassified, self.inside, self.projector = misclassified, inside, projector
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw five training digits beside distorted copies, where there are distortions."""

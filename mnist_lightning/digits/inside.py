@@ -22,19 +22,17 @@ KINDS = {name.lower(): name for name in dir(nn)}  # the function `max_pool2d` is
 class Trace(TorchFunctionMode):
     """A forward pass from `pixels`, (B, 784) in [0, 1], to `logits`, (B, 10), in double precision.
 
-    Its `layers`, the pixels first, have parameters or change the shape. Each has a `kind`, with the activations behind
-    it; the `name` of its module; `weights`; and `outputs`, (B, ...), of those activations. `branches` is true where one
-    gets more than the one before gives.
+    Its `layers`, the pixels first, have parameters or change the shape. Each has a `kind`, with activations behind it,
+    their `outputs`, (B, ...), `weights`, and their module's `name`. `branches`: one gets more than the one before gives.
     """
 
     @torch.inference_mode(False)  # in which Lightning tests; gradients are on
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         super().__init__()
-        tensors: dict[str, Tensor] = dict(network.named_buffers())
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.to("cpu", torch.double if tensor.is_floating_point() else tensor.dtype)
-        for name, weight in network.named_parameters():
-            tensors[name] = nn.Parameter(weight.to("cpu", torch.double), requires_grad=False)
+        tensors = {}
+        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+            copy = tensor.detach().to("cpu", torch.double if tensor.is_floating_point() else tensor.dtype)
+            tensors[name] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self.pixels = images.detach().to("cpu", torch.double, copy=True).requires_grad_()
         self.layers = [SimpleNamespace(kind="pixels", name="", weights=[], outputs=self.pixels)]

@@ -7,7 +7,6 @@ import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from mnist_lightning.digits import plots
@@ -33,7 +32,11 @@ def draw(network: nn.Module, data: Any, predictions: Tensor, mistakes: Tensor) -
         else:
             say("No figure weights.png: the first layer's units have not one weight for each pixel")
         if len(which := mistakes[:9]):
-            images, read, true = data.test[0][which].float() / 255, predictions[which], data.test[1][which]
+            images, read, true = (
+                data.test[0][which].float() / 255,
+                predictions[which].long(),
+                data.test[1][which].long(),
+            )
             pixels, constants, is_exact = reasons(network, images, torch.eye(CLASSES)[read] - torch.eye(CLASSES)[true])
             sums = [f"{a:+.1f} {b:+.1f} = {a + b:+.1f}" for a, b in zip(pixels.sum(1), constants, strict=True)]
             pairs = zip(read, true, sums if is_exact else ["no exact sum"] * len(which), strict=True)
@@ -70,8 +73,7 @@ def layers(trace: Trace, heading: str) -> Figure:
             axes.plot(*np.transpose(here), "o", ms=11, mfc="white", mec="black", zorder=2)
         else:
             wide, high = (max(0.3, side / SIDE) for side in shape[:0:-1]) if len(shape) == 3 else (0.25, 2)
-            block = Rectangle((x - wide / 2, y - high / 2), wide, high, fc="#e4e4e4", ec="black", zorder=2)
-            axes.add_patch(block)
+            axes.bar(x, high, wide, y - high / 2, color="#e4e4e4", ec="black", zorder=2)
         if index % columns and not trace.branches:
             lines = [(one, other) for one in before for other in here]
             axes.add_collection(LineCollection(lines, colors="gray", linewidths=0.4, zorder=1))
@@ -111,9 +113,14 @@ def project(trainer: Any, network: nn.Module, data: Any, predictions: Tensor) ->
     """Show test digits in TensorBoard's projector by the activations that the last layer gets."""
     read = predictions[:DIGITS]
     images, true = data.test[0][: len(read)].float() / 255, data.test[1][: len(read)]
-    found = Trace(network, images).layers
-    points = found[max(index for index, layer in enumerate(found) if layer.weights) - 1].outputs.detach().flatten(1)
-    labels, pictures = torch.stack([true, read], 1).tolist(), 1 - images.view(-1, 1, SIDE, SIDE)
-    for logger in trainer.loggers:
-        if hasattr(logger.experiment, "add_embedding"):
-            logger.experiment.add_embedding(points, labels, pictures, trainer.global_step, "hidden", ["digit", "read"])
+    try:
+        found = Trace(network, images).layers
+        points = found[max(index for index, layer in enumerate(found) if layer.weights) - 1].outputs.detach().flatten(1)
+        labels, pictures = torch.stack([true, read], 1).tolist(), 1 - images.view(-1, 1, SIDE, SIDE)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_embedding"):
+                logger.experiment.add_embedding(
+                    points, labels, pictures, trainer.global_step, "hidden", ["digit", "read"]
+                )
+    except Exception as error:  # as above
+        say(f"Nothing in the projector: {error}".partition("\n")[0])
