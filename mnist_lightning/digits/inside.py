@@ -23,7 +23,7 @@ class Trace(TorchFunctionMode):
     """A forward pass from `pixels`, (B, 784) in [0, 1], to `logits`, (B, 10), in double precision.
 
     Its `layers`, the pixels first, have parameters or change the shape. Each has a `kind`, with activations behind it,
-    their `outputs`, (B, ...), `weights`, and their module's `name`. `branches`: one gets more than the one before gives.
+    their `outputs`, (B, ...), `weights`, and a module's `name`. `branches`: one gets more than the one before gives.
     """
 
     @torch.inference_mode(False)  # in which Lightning tests; gradients are on
