@@ -66,7 +66,7 @@ def read(arguments: list[str]) -> None:
 
         from mnist_lightning.digits import pictures, reading
     try:
-        paths = pictures.find(config.paths)
+        paths, left_out = reading.find(config.paths)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if Path(config.figure).resolve() in map(Path.resolve, paths):
@@ -74,6 +74,8 @@ def read(arguments: list[str]) -> None:
     mlp, trained_on, checkpoint = _network(config.ckpt_path, config.runs)
     say(printable(f"Weights: {checkpoint}, {trained_on}"))
 
+    if left_out:
+        print(printable(f"Left out: {left_out}"), file=sys.stderr)
     console = Console(stderr=True)
     hidden = len(paths) < pictures.MANY or not console.is_terminal
     found = track(pictures.read_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)

@@ -2,10 +2,8 @@
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageStat, UnidentifiedImageError
 
+from mnist_lightning.model import SIDE
+
 Array: TypeAlias = npt.NDArray[Any]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 
 # More may be an attack. Pillow would ask before a large JPEG is made smaller, so `load` asks itself.
 MAX_PIXELS = 89_478_485
@@ -27,10 +26,7 @@ Image.MAX_IMAGE_PIXELS = None
 # How to turn a picture upright, by EXIF's orientation.
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
-# MNIST's digits have so many pixels a side.
-SIDE = 28
-
-# They were fitted into a box of 20 pixels and put into the field of 28 by their centre of mass.
+# MNIST's digits were fitted into a box of 20 pixels and put into a field of 28 by their centre of mass.
 BOX = 20
 
 # A digit is looked for at so many pixels along the longer side at most, and then anew in what was found.
@@ -45,6 +41,7 @@ CONNECTED = 0.15  # least ink of pixels that belong together
 CONTRAST = 13  # least difference between ink and paper that is no blank, of 255; and 6 times the noise
 HALF = 0.5  # least ink of what reaches the picture's edge: lines on the paper and shadows are fainter
 TOUCHING = 0.1  # weight of what reaches the edge even so: shadows and frames mostly do, digits seldom
+THIN = 0.25  # greatest part of its box that a frame covers
 FRAMED = 0.15  # least height of what makes a frame of that around it
 
 
@@ -54,38 +51,6 @@ class PictureError(ValueError):
 
 # What the network sees of a picture, (784,) in [0, 1]; None where the picture is blank.
 Reading: TypeAlias = Array | PictureError | None
-
-
-def find(paths: Sequence[str]) -> tuple[list[Path], str]:
-    """The files that paths mean, each once; and a line on what was left out of folders, or "".
-
-    Args:
-        paths: Files; folders, for all pictures in them and in their folders, hidden ones excepted; globs.
-
-    Raises:
-        ValueError: A path means no file.
-    """
-    found: list[Path] = []
-    others: Counter[str] = Counter()
-    for path in paths:
-        matches = [path] if Path(path).exists() else sorted(glob(path, recursive=True))  # noqa: PTH207 (takes absolute ones)
-        files = [file for match in matches for file in _files(Path(match))]
-        taken = [file for file in files if str(file) in matches or file.suffix.lower() in SUFFIXES]
-        others.update(file.suffix.lower() or file.name for file in set(files) - set(taken))
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
-        left_out = f"not supported: {kinds}; save pictures as JPEG or PNG" if others else ""
-        if not taken:
-            raise ValueError(f"there is no picture {path}" + f" ({left_out})" * bool(others))
-        found += taken
-    return list(dict.fromkeys(found)), left_out
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    # Without hidden ones: macOS writes a `._1.png` beside each 1.png.
-    files = (file for file in path.rglob("[!.]*") if file.is_file())
-    return sorted(file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts))
 
 
 def read_all(paths: Sequence[Path]) -> Iterator[Reading]:
@@ -214,7 +179,7 @@ def _dark_ink(values: Array) -> tuple[Array, float]:
     """The dark ink in a picture, (H, W) in [0, 1], and how much it looks like a digit: 0 where there is none."""
     # Closing fills what is dark and narrower than the window. It leaves the paper, its shades and the edges of shadows.
     # An even window would move the picture by a pixel.
-    window = max(values.shape) // 6 * 2 + 1
+    window = max(9, max(values.shape) // 6 * 2 + 1)
     darkness = cv2.morphologyEx(values, cv2.MORPH_CLOSE, np.ones((window, window), np.uint8)) - values
 
     # A tenth of a picture and more is paper, and how dark its lightest part is follows from noise alone. For a normal
@@ -229,23 +194,25 @@ def _dark_ink(values: Array) -> tuple[Array, float]:
     full = float(np.quantile(signal[signal > contrast / 2], 0.75))
     none = min(full / 2, 3 * noise)
     ink = np.clip((signal - none) / (full - none), 0, 1)
-    rim = float(_rim(ink).mean())
 
     labels, boxes, mass = _parts(ink, ink > CONNECTED)
     touching = np.isin(labels, _rim(labels)) & (labels > 0)
     labels, boxes, mass = _parts(ink, (ink > CONNECTED) & ~(touching & (ink < HALF)))
     mass[np.unique(_rim(labels))] *= TOUCHING
-    for part in np.flatnonzero(mass >= 0.05 * mass.max()):
+    mass[0] = 0  # the background's label
+    # Paper has most of the picture's edge; but so may a frame.
+    strong = ink > 0.5
+    rim = _rim(values) < values[strong].mean() + darkness[strong].mean() / 2
+    for part in np.flatnonzero(mass > 0.05 * mass.max()):
         if _frames(part, labels, boxes):
             mass[part] = 0
-    mass[0] = 0  # the background's label
+            rim = rim * (_rim(labels) != part)
     largest = int(mass.argmax())
     parts = mass >= max(0.05 * mass.max(), 1e-9)  # the others are specks
     ink *= cv2.dilate(parts[labels].astype(np.uint8), np.ones((5, 5), np.uint8))  # with the faint pixels at their edges
-    # The hole of a 0 differs from the 0 as much as that does from the paper, but is smaller; a shadow differs less; and
-    # paper has most of the picture's edge.
+    # The hole of a 0 differs from the 0 as much as that does from the paper, but is smaller; a shadow differs less.
     _, _, width, height = cv2.boundingRect(((labels == largest) & (ink > 0.5)).astype(np.uint8))
-    return ink, width * height * contrast**3 * (1.05 - rim)
+    return ink, width * height * contrast**3 * (1.05 - float(rim.mean()))
 
 
 def _parts(ink: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -261,6 +228,8 @@ def _rim(values: Array) -> Array:
 def _frames(part: int, labels: Array, boxes: Array) -> bool:
     """Whether a part is drawn around another one: the frame of a digit."""
     left, top, width, height = boxes[part]
+    if (labels == part).sum() > THIN * width * height:
+        return False
     x, y, w, h = boxes.T
     inside = (x > left) & (x + w < left + width) & (y > top) & (y + h < top + height) & (h >= FRAMED * height)
     return any(not (labels[b : b + d, a : a + c] == part).any() for a, b, c, d in boxes[inside])
@@ -299,12 +268,3 @@ def _place(mass: Array) -> int:
 
 def _round(number: float) -> int:
     return math.floor(number + 0.5)
-
-
-def several(digit: Array) -> bool:
-    """Whether what the network sees, (784,), may be more than one digit: parts side by side, each as high as the whole."""
-    mask = (digit.reshape(SIDE, SIDE) > EDGE).astype(np.uint8)
-    _, _, width, height = cv2.boundingRect(mask)
-    boxes = cv2.connectedComponentsWithStats(mask)[2][1:]
-    high = sorted((x, x + w) for x, _, w, h, _ in boxes.tolist() if h > 0.7 * height)
-    return width > 1.7 * height or any(one[1] <= other[0] for one, other in zip(high, high[1:], strict=False))
