@@ -51,8 +51,9 @@ def find(paths: Sequence[str]) -> tuple[list[Path], str]:
     others: Counter[str] = Counter()
     for path in paths:
         matches = [path] if Path(path).exists() else sorted(glob(path, recursive=True))  # noqa: PTH207 (takes absolute ones)
-        files = [file for match in matches for file in _files(Path(match))]
-        taken = [file for file in files if str(file) in matches or file.suffix.lower() in SUFFIXES]
+        given = dict.fromkeys(map(Path, matches))
+        files = [file for match in given for file in _files(match)]
+        taken = [file for file in files if file in given or file.suffix.lower() in SUFFIXES]
         others.update(file.suffix.lower() or file.name for file in set(files) - set(taken))
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
         left_out = f"not supported: {kinds}; save pictures as JPEG or PNG" if others else ""
@@ -137,7 +138,7 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor) ->
         left, top = index % columns * WIDTH + 14, index // columns * HEIGHT + HEADING + 24
         given = pictures.load(file).convert("RGBA")
         given.thumbnail((TILE, TILE))
-        if given.getextrema()[3] != (255, 255):  # transparent, whose ink may be white
+        if given.getchannel("A").getextrema() != (255, 255):  # transparent, whose ink may be white
             pen.rectangle((left, top, left + TILE, top + TILE), "silver")
         figure.paste(given, (left + (TILE - given.width) // 2, top + (TILE - given.height) // 2), given)
         name = printable(file.name)
