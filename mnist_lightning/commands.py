@@ -71,13 +71,15 @@ def read(arguments: list[str]) -> None:
 
         from mnist_lightning.digits import pictures, reading
     try:
-        paths = pictures.find(config.paths)
+        paths, left_out = reading.find(config.paths)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if Path(config.figure).resolve() in map(Path.resolve, paths):
         raise UsageError(f"figure: {config.figure} is one of the pictures to read; give another --figure")
     mlp, _ = _network(config.ckpt_path, config.runs)
 
+    if left_out:
+        print(printable(f"Left out: {left_out}"), file=sys.stderr)
     console = Console(stderr=True)
     hidden = len(paths) < pictures.MANY or not console.is_terminal
     found = track(pictures.read_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)

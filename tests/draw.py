@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from playwright.sync_api import sync_playwright
-from scipy.interpolate import make_interp_spline
 
 # On the drawing surface, from 0 to 1 along both axes.
 POINTS = [
@@ -28,8 +27,12 @@ with sync_playwright() as playwright:
     page.goto(page_file.resolve().as_uri())
     surface = page.locator("#surface").bounding_box()
     assert surface
-    curve = make_interp_spline(range(len(POINTS)), POINTS)
-    for index, (across, down) in enumerate(curve(np.linspace(0, len(POINTS) - 1, 100)).tolist()):
+    curve = np.array(POINTS)
+    for _ in range(4):  # cut the corners, as Chaikin did
+        one, other = curve[:-1], curve[1:]
+        cut = np.stack([0.75 * one + 0.25 * other, 0.25 * one + 0.75 * other], 1).reshape(-1, 2)
+        curve = np.concatenate([curve[:1], cut, curve[-1:]])
+    for index, (across, down) in enumerate(curve.tolist()):
         page.mouse.move(surface["x"] + across * surface["width"], surface["y"] + down * surface["height"])
         if index == 0:
             page.mouse.down()

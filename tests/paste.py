@@ -52,4 +52,6 @@ if __name__ == "__main__":
     Path(directory).mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     for index in range(9):
-        paste(data.test[0][index].reshape(28, 28).numpy(), random).save(Path(directory, f"{index + 1}.jpg"))
+        paste((data.test[0][index].reshape(28, 28).numpy() / 255).astype(np.float32), random).save(
+            Path(directory, f"{index + 1}.jpg")
+        )

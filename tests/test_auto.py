@@ -187,6 +187,7 @@ def test_only_fit_knows_it(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) 
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_killed_go_on_together_and_finish_with_another_number(
     tmp_path: Path,
     root: Path,

@@ -86,7 +86,7 @@ def test_own_files_are_named_in_the_console_the_figures_and_results(
     assert len(headings) == 2
     assert json.loads((newest_run(tmp_path) / "results.json").read_text())["dataset"] == "files in kmnist"
     assert run_cli("demo", "--no-open", data=False) == 0
-    assert "the network in it was trained on files in kmnist, 11 iterations" in capsys.readouterr().out
+    assert "trained on files in kmnist, 11 iterations" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_where_the_same_files_were_moved_and_not_with_others(

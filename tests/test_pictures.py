@@ -1,6 +1,8 @@
 import csv
+import io
 import os
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,12 +16,13 @@ import pytest
 import torch
 from conftest import RunCLI, prepare
 from paste import paste
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mnist_lightning.commands import _network
 from mnist_lightning.digits import pictures
-from mnist_lightning.digits.pictures import PictureError, find, find_ink, normalise, read
+from mnist_lightning.digits.pictures import PictureError, find_ink, normalise, read
+from mnist_lightning.digits.reading import find
 
 Array = npt.NDArray[Any]
 
@@ -74,7 +77,7 @@ def as_picture(ink: Array) -> Image.Image:
     return Image.fromarray((ink * 255).round().astype(np.uint8))
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jfif", "webp", "avif", "gif", "bmp", "tiff"])
 def test_formats(digits: Array, tmp_path: Path, suffix: str) -> None:
     for digit in digits:
         ink = enlarge(digit, 140)
@@ -111,6 +114,9 @@ MODES: dict[str, Callable[[Array], Image.Image]] = {
     "CMYK": lambda ink: Image.fromarray(on_paper(ink)).convert("CMYK"),
     "transparent": transparent,
     "transparent colours": lambda ink: transparent(ink).convert("RGBA"),
+    "white on transparent": lambda ink: Image.merge(
+        "LA", (Image.new("L", on_paper(ink).shape[::-1], 255), transparent(ink).getchannel("A"))
+    ),
     "16 bits": lambda ink: Image.fromarray(on_paper(ink).astype(np.uint16) * 257),
     "12 of 16 bits": lambda ink: Image.fromarray(on_paper(ink).astype(np.uint16) * 16),
     "floats": lambda ink: Image.fromarray(on_paper(ink).astype(np.float32) / 255),
@@ -131,6 +137,54 @@ def test_what_the_camera_turned(digits: Array, tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be shown turned clockwise
     turned = Image.fromarray(np.rot90(on_paper(ink)))
     assert likeness(read(save(tmp_path / "digit.jpg", turned, exif=exif)), normalise(ink)) > 0.97
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "avif"])
+def test_metadata_other_than_the_orientation_do_not_matter(digits: Array, tmp_path: Path, kind: str) -> None:
+    ink = enlarge(digits[0], 140)
+    upright, turned = Image.fromarray(on_paper(ink)), Image.fromarray(np.rot90(on_paper(ink)))
+    entry = struct.pack("<HHI4s", 0x0112, 3, 1, struct.pack("<HH", 6, 0))
+    odd = struct.pack("<HHII", 0x9286, 2, 0xFFFFFF, 0xFFFFFFF0) + struct.pack("<HHI4s", 0x011A, 77, 9, b"????")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 3) + entry + odd + bytes(4)
+    assert likeness(read(save(tmp_path / f"turned.{kind}", turned, exif=exif)), normalise(ink)) > 0.97
+    for name, foreign in {"cut": exif[:20], "other": b"Exif\0\0not EXIF at all"}.items():
+        if kind != "avif":  # whose writer looks at it
+            assert likeness(read(save(tmp_path / f"{name}.{kind}", upright, exif=foreign)), normalise(ink)) > 0.97
+
+
+@pytest.mark.parametrize("margin", [0, 1, 5])
+@pytest.mark.parametrize("side", [28, 140])
+def test_a_tightly_cropped_digit(digits: Array, side: int, margin: int) -> None:
+    for digit in digits:
+        ink = enlarge(digit, side)
+        rows, columns = (np.flatnonzero((ink > 0.3).any(axis)) for axis in (1, 0))
+        ink = np.pad(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], margin)
+        for picture in (as_picture(ink), as_picture(1 - ink)):
+            assert likeness(normalise(find_ink(picture)), normalise(ink)) > 0.8
+
+
+def test_a_digit_at_the_edge(digits: Array) -> None:
+    for digit in digits:
+        ink = enlarge(digit, 140)
+        ink = np.pad(ink[:, np.flatnonzero((ink > 0.3).any(0))[0] :], ((90, 60), (0, 150)))
+        assert likeness(normalise(find_ink(as_picture(1 - ink))), normalise(ink)) > 0.9
+
+
+@pytest.mark.parametrize("inset", [0, 12])
+def test_a_frame_is_no_ink(digits: Array, inset: int) -> None:
+    for digit in digits:
+        ink = np.pad(enlarge(digit, 84), 60)
+        page = as_picture(1 - ink)
+        ImageDraw.Draw(page).rectangle((inset, inset, 203 - inset, 203 - inset), outline=0, width=3)
+        assert likeness(normalise(find_ink(page)), normalise(ink)) > 0.9
+
+
+def test_squared_paper_is_no_ink(digits: Array) -> None:
+    for digit in digits:
+        ink = np.pad(enlarge(digit, 84), 60)
+        lines = np.zeros_like(ink)
+        lines[8::25] = lines[:, 13::25] = 0.3
+        assert likeness(normalise(find_ink(as_picture(1 - np.maximum(ink, lines)))), normalise(ink)) > 0.9
 
 
 @pytest.mark.parametrize("side", [26, 60, 300, 1200])
@@ -194,13 +248,13 @@ def test_what_is_no_picture(tmp_path: Path, digits: Array) -> None:
     whole = save(tmp_path / "whole.jpg", Image.fromarray(on_paper(enlarge(digits[0], 140)))).read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.png").touch()
-    save(tmp_path / "moving.gif", as_picture(digits[0]))
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     bomb(tmp_path / "bomb.png")
     for name, says in {
         "note.png": "is none of PNG",
         "cut.jpg": "truncated",
         "empty.png": "is none of PNG",
-        "moving.gif": "is none of PNG",
+        "photo.heic": "is none of PNG, JPEG, WEBP, AVIF, GIF, BMP, TIFF; save it as one of them",
         "bomb.png": "more than 89,478,485 pixels",
     }.items():
         with pytest.raises(PictureError, match=says):
@@ -209,20 +263,52 @@ def test_what_is_no_picture(tmp_path: Path, digits: Array) -> None:
 
 def test_a_picture_just_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = save(tmp_path / "large.png", Image.new("L", (20, 20)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 399)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 400)
+    assert read(path) is None
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 399)
     with pytest.raises(PictureError, match="399"):
         read(path)
 
 
+def test_a_large_photo_is_read_at_a_smaller_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits: Array
+) -> None:
+    ink = enlarge(digits[0], 4000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 2_000_000)
+    assert likeness(read(save(tmp_path / "photo.jpg", Image.fromarray(on_paper(ink)))), normalise(ink)) > 0.97
+    # To decode a progressive one takes memory for all of its pixels.
+    progressive = save(tmp_path / "progressive.jpg", Image.fromarray(on_paper(ink)), progressive=True)
+    with pytest.raises(PictureError, match="more than 2,000,000 pixels"):
+        read(progressive)
+
+
 def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("b.png", "a.JPG", "notes.txt", "more/c.webp", "more/d [1].png"):
+    hidden = ("._b.png", ".cache/b.png")
+    for name in (
+        "b.png",
+        "a.JPG",
+        "notes.txt",
+        "more/c.webp",
+        "more/d [1].png",
+        "phone/e.HEIC",
+        "phone/f.heic",
+        *hidden,
+    ):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    assert list(map(str, find(["."]))) == ["a.JPG", "b.png", "more/c.webp", "more/d [1].png"]
-    assert list(map(str, find(["*.png", "b.png", "notes.txt"]))) == ["b.png", "notes.txt"]
-    assert list(map(str, find([f"{tmp_path}/**/d*"]))) == [f"{tmp_path}/more/d [1].png"]
-    assert list(map(str, find(["more/d [1].png"]))) == ["more/d [1].png"]
+    found, left_out = find(["."])
+    assert list(map(str, found)) == ["a.JPG", "b.png", "more/c.webp", "more/d [1].png"]
+    assert left_out == "not supported: 2 .heic, 1 .txt; save pictures as JPEG or PNG"
+    for paths, names in {
+        ("*.png", "b.png", "./notes.txt", "._b.png"): ["b.png", "notes.txt", "._b.png"],
+        (f"{tmp_path}/**/d*",): [f"{tmp_path}/more/d [1].png"],
+        ("more/d [1].png",): ["more/d [1].png"],
+    }.items():
+        found, left_out = find(paths)
+        assert (list(map(str, found)), left_out) == (names, "")
+    with pytest.raises(ValueError, match=r"there is no picture phone.*2 \.heic; save pictures as JPEG"):
+        find(["phone"])
     for nothing in ("none.png", "*.tif"):
         with pytest.raises(ValueError, match="there is no picture"):
             find([nothing])
@@ -257,9 +343,9 @@ def test_read_reads_pictures(
     assert lines[0] == f"Weights: {best_path}, stand-in digits (not MNIST), 11 iterations"
     assert lines[-2:] == ["Predictions: predictions.csv", "Figure: pictures.png"]
     rows = rows_of(tmp_path / "predictions.csv")
-    assert list(rows[0]) == ["file", "digit", "probability", "runner_up", "runner_up_probability"]
+    assert list(rows[0]) == ["file", "digit", "probability", "runner_up", "runner_up_probability", "note"]
     assert [row["file"] for row in rows] == ["mine/0.png", "mine/1.png", "mine/2.png", "mine/blank.png"]
-    assert list(rows[-1].values())[1:] == ["blank", "", "", ""]
+    assert list(rows[-1].values())[1:] == ["blank", "", "", "", ""]
     mlp, _ = _network(str(tmp_path / best_path), "")
     seen = torch.tensor(stack([read(tmp_path / row["file"]) for row in rows[:3]]))
     (best, runner_up), (digit, second) = (pair.T for pair in mlp(seen.float()).softmax(1).topk(2))
@@ -316,6 +402,35 @@ def test_read_takes_names_that_are_no_text_and_other_settings(
     assert trained("read", f"--ckpt_path={name}.ckpt", f"--csv={name}.csv", "--", "-x.png", name) == 0
     assert capsys.readouterr().out.startswith("Weights: ?.png.ckpt, stand-in digits (not MNIST), 11 iterations\n")
     assert [row["file"] for row in rows_of(tmp_path / f"{name}.csv")] == ["-x.png", name]
+
+
+def test_a_console_that_lacks_a_names_characters(
+    trained: RunCLI, tmp_path: Path, digits: Array, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    for name in ("数字.png", "\N{GRINNING FACE}.png", "é.png"):
+        save(tmp_path / name, as_picture(digits[0]))
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", console)
+    assert trained("read", ".", "--csv=数.csv") == 0
+    out = console.buffer.getvalue().decode("cp1252")
+    assert all(f" {name} " in out for name in ("??.png", "?.png", "é.png"))
+    assert "Predictions: ?.csv" in out
+    assert len({len(line) for line in out.splitlines() if line.startswith("|")}) == 1
+    assert (tmp_path / "pictures.png").exists()
+    assert not recwarn.list
+
+
+def test_several_digits_in_one_picture_are_named(
+    trained: RunCLI, tmp_path: Path, digits: Array, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = np.concatenate([enlarge(digits[0], 140), enlarge(digits[1], 140)], 1)
+    save(tmp_path / "one.png", as_picture(digits[0]))
+    save(tmp_path / "two.png", Image.fromarray(on_paper(two)))
+    assert trained("read", "one.png") == 0
+    assert "more than one" not in capsys.readouterr().out
+    assert trained("read", "one.png", "two.png") == 0
+    assert capsys.readouterr().out.count("* more than one digit? read as one") == 1
+    assert [row["note"] for row in rows_of(tmp_path / "predictions.csv")] == ["", "more than one digit? read as one"]
 
 
 @pytest.mark.parametrize(

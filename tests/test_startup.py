@@ -41,7 +41,7 @@ def test_no_command_imports_what_it_does_not_use(run_cli: RunCLI, tmp_path: Path
         ("--help",): {"torch"} | TRAINING | DRAWING,
         ("fti",): {"torch"} | TRAINING | DRAWING,
         ("data", "--data.dataset=synthetic", f"--data.root={root}"): TRAINING,
-        ("read", "digit.png"): TRAINING,
+        ("read", "digit.png"): TRAINING | {"matplotlib", "scipy"},
         ("demo", "--no-open"): TRAINING | DRAWING,
         ("export", "--format=safetensors", "--data.dataset=synthetic", f"--data.root={root}"): TRAINING | DRAWING,
         ("fit", "--data.ruut=x"): set(),

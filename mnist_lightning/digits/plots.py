@@ -3,22 +3,14 @@
 All margins are given: Matplotlib's layout engines would draw each figure twice.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib.figure
 import numpy as np
 from torch import Tensor
 
 from mnist_lightning.model import CLASSES, SIDE
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from mnist_lightning.digits.pictures import Array
 
 
 class Figure(matplotlib.figure.Figure):
@@ -77,48 +69,6 @@ def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:
         axes.imshow(tiles.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
-    return figure
-
-
-def pictures_read(readings: Sequence[tuple[Image.Image, Array | None, Array, str]], heading: str) -> Figure:
-    """Draw pictures as given, as the network saw them, and what it read, three to a row.
-
-    Args:
-        readings: Of each picture itself, what the network saw, (784,) in [0, 1], or None where it is blank; the
-            probabilities of the ten digits, (10,); and its name.
-        heading: Title of the whole figure.
-    """
-    columns = min(3, len(readings))
-    rows = -(-len(readings) // columns)
-    height = 1.4 * rows + 0.6
-    figure = Figure(figsize=(3.6 * columns, height))
-    figure.suptitle(heading, y=1 - 0.15 / height, va="top")
-    figure.subplots_adjust(0.01, 0.2 / height, 0.99, 1 - 0.7 / height, wspace=0.1, hspace=0.4)
-    blocks = figure.subplots(rows, 4 * columns, width_ratios=(1, 1, 1.6, 0.2) * columns, squeeze=False).reshape(-1, 4)
-    for axes in blocks.flat:
-        axes.axis("off")
-    for (picture, seen, probabilities, name), (given, network, bars, _) in zip(readings, blocks, strict=False):
-        given.imshow(np.asarray(picture.convert("RGBA")))
-        given.set_title(name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", fontsize=9, parse_math=False)
-        digit = np.zeros((SIDE, SIDE)) if seen is None else seen.reshape(SIDE, SIDE)
-        network.imshow(digit, cmap="gray_r", vmin=0, vmax=1)
-        network.set_title("as seen", fontsize=9)
-        network.axis("on")
-        network.set(xticks=(), yticks=())
-        network.spines[:].set_color("lightgray")
-        for axes in (given, network):
-            axes.set(box_aspect=1, adjustable="datalim")
-        bars.set(box_aspect=0.6)
-        if seen is None:
-            bars.set_title("blank", fontsize=9)
-            continue
-        best = probabilities.argmax()
-        bars.set_title(f"{best}  ({probabilities[best]:.1%})", fontsize=9)
-        bars.axis("on")
-        bars.bar(range(CLASSES), probabilities, color=TRAIN_COLOR)[best].set_facecolor(VAL_COLOR)
-        bars.set(ylim=(0, 1), xticks=range(CLASSES), yticks=())
-        bars.tick_params(length=0, labelsize=8)
-        bars.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 

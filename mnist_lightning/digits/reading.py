@@ -1,26 +1,74 @@
 """What a network reads in pictures: rows of a CSV file, a table on the console, and a figure."""
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
+from glob import glob
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from mnist_lightning.digits import pictures, plots
+from mnist_lightning.digits import pictures
 from mnist_lightning.digits.pictures import Array
 from mnist_lightning.engine.run import printable
-from mnist_lightning.model import MLP, PIXELS
+from mnist_lightning.model import CLASSES, MLP, PIXELS, SIDE
 
-HEADER = ("file", "digit", "probability", "runner_up", "runner_up_probability")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
+
+HEADER = ("file", "digit", "probability", "runner_up", "runner_up_probability", "note")
+
+SEVERAL = "more than one digit? read as one"
 
 # More would be no overview; all are in the CSV file.
 LISTED, DRAWN = 100, 24
+
+# Of the figure, in pixels: a picture's part of it, what the heading takes, and the side of a picture.
+WIDTH, HEIGHT, HEADING, TILE = 430, 172, 64, 4 * SIDE
+
+
+def find(paths: Sequence[str]) -> tuple[list[Path], str]:
+    """The files that paths mean, each once; and a line on what was left out of folders, or "".
+
+    Args:
+        paths: Files; folders, for all pictures in them and in their folders, hidden ones excepted; globs.
+
+    Raises:
+        ValueError: A path means no file.
+    """
+    found: list[Path] = []
+    others: Counter[str] = Counter()
+    for path in paths:
+        matches = [path] if Path(path).exists() else sorted(glob(path, recursive=True))  # noqa: PTH207 (takes absolute ones)
+        given = dict.fromkeys(map(Path, matches))
+        files = [file for match in given for file in _files(match)]
+        taken = [file for file in files if file in given or file.suffix.lower() in SUFFIXES]
+        others.update(file.suffix.lower() or file.name for file in set(files) - set(taken))
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+        left_out = f"not supported: {kinds}; save pictures as JPEG or PNG" if others else ""
+        if not taken:
+            raise ValueError(f"there is no picture {path}" + f" ({left_out})" * bool(others))
+        found += taken
+    return list(dict.fromkeys(found)), left_out
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    # Without hidden ones: macOS writes a `._1.png` beside each 1.png.
+    files = (file for file in path.rglob("[!.]*") if file.is_file())
+    return sorted(file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts))
 
 
 def read(mlp: MLP, seen: Mapping[Path, Array | None]) -> tuple[Tensor, list[list[Any]]]:
@@ -36,9 +84,20 @@ def read(mlp: MLP, seen: Mapping[Path, Array | None]) -> tuple[Tensor, list[list
     probabilities = mlp(pixels).softmax(1)
     best, digits = (pair.tolist() for pair in probabilities.topk(2))
     return probabilities, [
-        [file, "blank", "", "", ""] if digit is None else [file, first, p, second, q]
+        [file, "blank", "", "", "", ""]
+        if digit is None
+        else [file, first, p, second, q, SEVERAL if _several(digit) else ""]
         for (file, digit), (p, q), (first, second) in zip(seen.items(), best, digits, strict=True)
     ]
+
+
+def _several(digit: Array) -> bool:
+    """Whether what the network sees, (784,), may be more than one digit: high parts side by side, or very wide."""
+    mask = (digit.reshape(SIDE, SIDE) > pictures.EDGE).astype(np.uint8)
+    _, _, width, height = cv2.boundingRect(mask)
+    boxes = cv2.connectedComponentsWithStats(mask)[2][1:]
+    high = sorted((x, x + w) for x, _, w, h, _ in boxes.tolist() if h > 0.7 * height)
+    return width > 1.7 * height or any(one[1] <= other[0] for one, other in pairwise(high))
 
 
 def write_csv(path: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -50,24 +109,71 @@ def write_csv(path: str, rows: Sequence[Sequence[Any]]) -> None:
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
     """The first rows, as wide as the console."""
+    console = Console()
     table = Table("Picture", box=box.SIMPLE_HEAD)
     for heading in ("Digit", "Probability", "Runner-up"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for file, digit, p, runner_up, q in rows[:LISTED]:
-        numbers = ("blank", "", "") if digit == "blank" else (str(digit), f"{p:.1%}", f"{runner_up} ({q:.1%})")
-        table.add_row(Text(printable(str(file)), overflow="fold"), *numbers)
-    console = Console()
+    listed = rows[:LISTED]
+    for file, digit, p, runner_up, q, note in listed:
+        mark = "*" if note else ""
+        numbers = ("blank", "", "") if digit == "blank" else (f"{digit}{mark}", f"{p:.1%}", f"{runner_up} ({q:.1%})")
+        table.add_row(Text(printable(str(file), console.encoding), overflow="fold"), *numbers)
     with console.capture() as text:
         console.print(table)
-    return text.get().rstrip()
+    return text.get().rstrip() + f"\n* {SEVERAL}" * any(note for *_, note in listed)
 
 
 def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor) -> None:
-    """Draw the first pictures as given, as the network saw them, and what it read."""
-    drawn = []
-    for (file, digit), row in zip(list(seen.items())[:DRAWN], probabilities, strict=False):
-        picture = pictures.load(file)
-        picture.thumbnail((120, 120))
-        drawn.append((picture, digit, row.numpy(), printable(file.name)))
+    """Draw the first pictures as given, as the network saw them, and what it read, three to a row.
+
+    With Pillow, since importing Matplotlib and drawing so many axes take longer than reading the pictures.
+    """
+    drawn = list(seen.items())[:DRAWN]
+    columns = min(3, len(drawn))
+    figure = Image.new("RGB", (columns * WIDTH, -(-len(drawn) // columns) * HEIGHT + HEADING), "white")
+    pen = ImageDraw.Draw(figure)
     more = f": the first {len(drawn)} of {len(seen):,} pictures" if len(seen) > len(drawn) else ""
-    plots.pictures_read(drawn, f"What the network read{more}").savefig(path, dpi=120)
+    _write(pen, (figure.width / 2, HEADING / 2), f"What the network read{more}", 20)
+    for index, ((file, digit), row) in enumerate(zip(drawn, probabilities.tolist(), strict=False)):
+        left, top = index % columns * WIDTH + 14, index // columns * HEIGHT + HEADING + 24
+        given = pictures.load(file).convert("RGBA")
+        given.thumbnail((TILE, TILE))
+        if given.getchannel("A").getextrema() != (255, 255):  # transparent, whose ink may be white
+            pen.rectangle((left, top, left + TILE, top + TILE), "silver")
+        figure.paste(given, (left + (TILE - given.width) // 2, top + (TILE - given.height) // 2), given)
+        name = printable(file.name)
+        _write(pen, (left + TILE / 2, top - 14), name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", 14)
+
+        left += TILE + 10
+        pixels = torch.zeros(PIXELS) if digit is None else torch.from_numpy(digit)
+        grey = Image.fromarray((255 * (1 - pixels)).byte().reshape(SIDE, SIDE).numpy())
+        figure.paste(grey.resize((TILE, TILE), Image.Resampling.NEAREST), (left, top))
+        pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
+        _write(pen, (left + TILE / 2, top - 14), "as seen", 14)
+
+        left += TILE + 12
+        best = max(row)
+        read = "blank" if digit is None else f"{row.index(best)}  ({best:.1%})"
+        _write(pen, (left + 8 * CLASSES, top - 14), read, 14)
+        if digit is None:
+            continue
+        for number, probability in enumerate(row):
+            x, bottom = left + 16 * number, top + TILE - 14
+            color = "#d1602a" if probability == best else "#4878a8"
+            pen.rectangle((x + 2, round(bottom - probability * (TILE - 14)), x + 13, bottom), color)
+            _write(pen, (x + 8, bottom + 11), str(number), 12)
+        pen.line((left, bottom, left + 16 * CLASSES, bottom), "black")
+    figure.save(path, "PNG")
+
+
+def _write(pen: ImageDraw.ImageDraw, centre: tuple[float, float], text: str, size: int) -> None:
+    pen.text(centre, text, "black", _font(size), anchor="mm")
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # Matplotlib's own, without importing it. What it lacks is drawn as an empty box.
+    spec = find_spec("matplotlib")
+    assert spec
+    assert spec.origin
+    return ImageFont.truetype(Path(spec.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf", size)

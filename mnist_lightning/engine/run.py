@@ -51,15 +51,20 @@ def versions() -> dict[str, str]:
 
 
 def say(line: str, end: str = "\n") -> None:
-    """Print a line, in the first process. Where nobody reads any more, as after `| head`, training goes on without."""
+    """Print a line, in the first process, with "?" for what the console lacks.
+
+    Where nobody reads any more, as after `| head`, training goes on without.
+    """
     if rank():
         return
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(line, end=end, flush=True)
+        print(line.encode(encoding, "replace").decode(encoding), end=end, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def printable(text: str) -> str:
-    """Untrusted text, without control codes that a terminal would obey."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Untrusted text, without control codes that a terminal would obey, and without what an encoding lacks."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text.encode(encoding, "replace").decode(encoding)
