@@ -257,12 +257,12 @@ def test_training_step_is_quoted_exactly() -> None:
 
 
 def test_the_readme_takes_ten_minutes() -> None:
-    assert len(README.read_text().splitlines()) <= 145
+    assert len(README.read_text().splitlines()) <= 156
 
 
 # Files that a run, a reader or another machine has, and this project does not.
 ELSEWHERE = {"config.yaml", "results.json", "unfinished.json", "predictions.csv", "demo.html", "mine.py"}
-ELSEWHERE |= {"best.ckpt", "last.ckpt"}
+ELSEWHERE |= {"best.ckpt", "last.ckpt", "network.png", "weights.png", "why.png"}
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
