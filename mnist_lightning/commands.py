@@ -81,8 +81,8 @@ def read(arguments: list[str]) -> None:
     if left_out:
         print(printable(f"Left out: {left_out}"), file=sys.stderr)
     console = Console(stderr=True)
-    hidden = len(paths) < pictures.MANY or not console.is_terminal
-    found = track(pictures.read_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)
+    hidden = len(paths) < reading.MANY or not console.is_terminal
+    found = track(reading.read_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)
     seen = {}
     for file, result in zip(paths, found, strict=True):
         if isinstance(result, pictures.PictureError):

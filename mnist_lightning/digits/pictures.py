@@ -1,10 +1,7 @@
 """Users' own pictures, each of one digit, cleaned as MNIST was made."""
 
 import math
-import os
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,9 +33,6 @@ BOX = 20
 # A digit is looked for at so many pixels along the longer side at most, and then anew in what was found.
 VIEW = 280
 
-# So many pictures take half a second and more: worth a progress bar.
-MANY = 100
-
 # The rest was chosen on 1,000 validation digits: pasted, shaded and blurred as the tests do with others, cut at their
 # boxes, framed, and on squared paper.
 EDGE = 0.2  # least ink inside of the box
@@ -53,26 +47,6 @@ FRAMED = 0.15  # least height of what makes a frame of that around it
 
 class PictureError(ValueError):
     """A file that is no picture, or one of too many pixels; the message says which, without the file's name."""
-
-
-# What the network sees of a picture, (784,) in [0, 1]; None where the picture is blank.
-Reading: TypeAlias = Array | PictureError | None
-
-
-def read_all(paths: Sequence[Path]) -> Iterator[Reading]:
-    """What `read` returns or raises for each file; they are read on all CPU cores."""
-    # SLURM and containers may allow but some of the machine's.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # In threads, since Pillow and OpenCV work without Python's lock.
-    with ThreadPoolExecutor(cores) as pool:
-        yield from pool.map(_read_or_say, paths)
-
-
-def _read_or_say(path: Path) -> Reading:
-    try:
-        return read(path)
-    except PictureError as error:
-        return error
 
 
 def read(path: Path) -> Array | None:

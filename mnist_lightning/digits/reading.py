@@ -1,8 +1,10 @@
 """What a network reads in pictures: rows of a CSV file, a table on the console, and a figure."""
 
 import csv
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from glob import glob
 from importlib.util import find_spec
@@ -21,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from mnist_lightning.digits import pictures
-from mnist_lightning.digits.pictures import Array
+from mnist_lightning.digits.pictures import Array, PictureError
 from mnist_lightning.engine.run import printable
 from mnist_lightning.model import CLASSES, MLP, PIXELS, SIDE
 
@@ -30,6 +32,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", 
 HEADER = ("file", "digit", "probability", "runner_up", "runner_up_probability", "note")
 
 SEVERAL = "more than one digit? read as one"
+
+# So many pictures take half a second and more: worth a progress bar.
+MANY = 100
 
 # More would be no overview; all are in the CSV file.
 LISTED, DRAWN = 100, 24
@@ -69,6 +74,22 @@ def _files(path: Path) -> list[Path]:
     # Without hidden ones: macOS writes a `._1.png` beside each 1.png.
     files = (file for file in path.rglob("[!.]*") if file.is_file())
     return sorted(file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts))
+
+
+def read_all(paths: Sequence[Path]) -> Iterator[Array | PictureError | None]:
+    """What `pictures.read` returns or raises for each file; they are read on all CPU cores."""
+    # SLURM and containers may allow but some of the machine's.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # In threads, since Pillow and OpenCV work without Python's lock.
+    with ThreadPoolExecutor(cores) as pool:
+        yield from pool.map(_read_or_say, paths)
+
+
+def _read_or_say(path: Path) -> Array | PictureError | None:
+    try:
+        return pictures.read(path)
+    except PictureError as error:
+        return error
 
 
 def read(mlp: MLP, seen: Mapping[Path, Array | None]) -> tuple[Tensor, list[list[Any]]]:
