@@ -96,7 +96,7 @@ def read(arguments: list[str]) -> None:
     reading.write_csv(config.csv, rows)
     say(printable(f"Predictions: {config.csv}"))
     if seen:
-        reading.draw(config.figure, seen, probabilities)
+        reading.draw(config.figure, seen, probabilities, mlp)
         say(printable(f"Figure: {config.figure}"))
     if skipped := len(paths) - len(seen):
         raise pictures.PictureError(f"{skipped:,} of {len(paths):,} files could not be read as pictures")

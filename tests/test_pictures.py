@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mnist_lightning.commands import _network
-from mnist_lightning.digits import pictures
+from mnist_lightning.digits import pictures, reading
 from mnist_lightning.digits.pictures import PictureError, find_ink, normalise, read
 from mnist_lightning.digits.reading import find, read_all
+from mnist_lightning.model import MLP
 
 Array = npt.NDArray[Any]
 
@@ -512,3 +513,16 @@ def test_nearly_all_pasted_digits_are_read_right(run_cli: RunCLI, mnist_root: st
     pasted = right(torch.tensor(stack(seen)).float())
     print(f"{pasted[clean].float().mean():.2%} of {clean.sum():,} are read right")
     assert pasted[clean].float().mean() >= 0.96
+
+
+def test_the_figure_says_why(tmp_path: Path, digits: Array) -> None:
+    mlp = MLP(20, init_std=0.1).eval().requires_grad_(False)
+    save(tmp_path / "0.png", as_picture(digits[0]))
+    seen = {tmp_path / "0.png": read(tmp_path / "0.png")}
+    probabilities, _ = reading.read(mlp, seen)
+    reading.draw(str(tmp_path / "figure.png"), seen, probabilities, mlp)
+    with Image.open(tmp_path / "figure.png") as figure:
+        red, _, blue = np.asarray(figure, dtype=int)[reading.HEADING + reading.TILE + 60 :].transpose(2, 0, 1)
+    # Its ink in two colours, below the picture as seen.
+    assert ((blue - red) > 50).sum() > 100
+    assert ((red - blue) > 50).sum() > 100

@@ -23,6 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from mnist_lightning.digits import pictures
+from mnist_lightning.digits.inside import colored, reasons
 from mnist_lightning.digits.pictures import Array, PictureError
 from mnist_lightning.engine.run import printable
 from mnist_lightning.model import CLASSES, MLP, PIXELS, SIDE
@@ -40,7 +41,7 @@ MANY = 100
 LISTED, DRAWN = 100, 24
 
 # Of the figure, in pixels: a picture's part of it, what the heading takes, and the side of a picture.
-WIDTH, HEIGHT, HEADING, TILE = 430, 172, 64, 4 * SIDE
+WIDTH, HEIGHT, HEADING, TILE = 430, 320, 84, 4 * SIDE
 
 
 def find(paths: Sequence[str]) -> tuple[list[Path], str]:
@@ -144,8 +145,8 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
     return text.get().rstrip() + f"\n* {SEVERAL}" * any(note for *_, note in listed)
 
 
-def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor) -> None:
-    """Draw the first pictures as given, as the network saw them, and what it read, three to a row.
+def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, mlp: MLP) -> None:
+    """Draw the first pictures as given, as the network saw them, what it read, and below why, three to a row.
 
     With Pillow, since importing Matplotlib and drawing so many axes take longer than reading the pictures.
     """
@@ -154,7 +155,8 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor) ->
     figure = Image.new("RGB", (columns * WIDTH, -(-len(drawn) // columns) * HEIGHT + HEADING), "white")
     pen = ImageDraw.Draw(figure)
     more = f": the first {len(drawn)} of {len(seen):,} pictures" if len(seen) > len(drawn) else ""
-    _write(pen, (figure.width / 2, HEADING / 2), f"What the network read{more}", 20)
+    _write(pen, (figure.width / 2, HEADING - 50), f"What the network read{more}", 20)
+    _write(pen, (figure.width / 2, HEADING - 18), "Blue (dark) ink speaks for it, orange (light) for the runner-up", 14)
     for index, ((file, digit), row) in enumerate(zip(drawn, probabilities.tolist(), strict=False)):
         left, top = index % columns * WIDTH + 14, index // columns * HEIGHT + HEADING + 24
         given = pictures.load(file).convert("RGBA")
@@ -184,6 +186,22 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor) ->
             pen.rectangle((x + 2, round(bottom - probability * (TILE - 14)), x + 13, bottom), color)
             _write(pen, (x + 8, bottom + 11), str(number), 12)
         pen.line((left, bottom, left + 16 * CLASSES, bottom), "black")
+
+        first, second = probabilities[index].topk(2).indices.tolist()
+        shares = torch.eye(CLASSES)[first] - torch.eye(CLASSES)[second]
+        says, constant, _ = reasons(mlp, pixels[None], shares[None])
+        ink = Image.fromarray((255 * colored(pixels[None], says)).byte().view(SIDE, SIDE, 4).numpy())
+        ink = ink.resize((TILE, TILE), Image.Resampling.NEAREST)
+        left, top = left - TILE - 12, top + TILE + 36
+        figure.paste(ink, (left, top), ink)
+        pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
+        _write(pen, (left + TILE / 2, top - 14), f"why {first}, not {second}", 14)
+        terms = {f"ink for {first}": says.clamp(min=0), f"ink for {second}": says.clamp(max=0), "constant": constant}
+        lines = [f"{name} {part.sum():+.1f}" for name, part in terms.items()] + [
+            f"= {says.sum() + constant.sum():+.1f}"
+        ]
+        for line, text in enumerate(lines):
+            _write(pen, (left + TILE + 12 + 8 * CLASSES, top + 20 + 24 * line), text, 14)
     figure.save(path, "PNG")
 
 
