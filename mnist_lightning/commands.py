@@ -142,10 +142,10 @@ def _open(page: Path) -> bool:
     """Open a page in a browser, unless it is one that takes over the terminal, as over SSH, and runs no script."""
     import webbrowser
 
+    name = ""
     with contextlib.suppress(webbrowser.Error):  # there is none
-        if Path(getattr(webbrowser.get(), "name", "")).name not in TEXT_BROWSERS:
-            return webbrowser.open(page.resolve().as_uri())
-    return False
+        name = Path(getattr(webbrowser.get(), "name", "")).name
+    return name not in TEXT_BROWSERS and webbrowser.open(page.resolve().as_uri())
 
 
 COMMANDS = {"data": data, "read": read, "demo": demo, "export": export_network}

@@ -29,7 +29,7 @@ def test_the_file_reads_as_the_network_does(
     data = ["--data.dataset=synthetic", f"--data.root={root}"]
     assert run_cli("export", f"--format={form}", *path, *data, data=False) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"Network: {name}, 0.1 MB, trained on stand-in digits (not MNIST), 11 iterations\n")
+    assert f"\nNetwork: {name}, 0.1 MB, trained on stand-in digits (not MNIST), 11 iterations\n" in out
     assert "Read back: the logits of 230 test digits" in out
 
     mlp, _ = _network(str(trained), "lightning_logs")

@@ -369,7 +369,10 @@ def test_the_progress_bar_counts_epochs_as_the_lines_do(
     assert f"Epoch 2{described.strip()[7:]}" in seen
 
 
-def test_what_users_ask_to_be_told_is_told(run_cli: RunCLI, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_users_ask_to_be_told_is_told(
+    run_cli: RunCLI, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     asked = ["--trainer.profiler=simple", "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
     asked += ["--trainer.callbacks.verbose=true", "--trainer.callbacks+=ModelSummary"]
     caplog.set_level(logging.INFO)

@@ -249,8 +249,10 @@ def test_a_job_that_is_killed_and_requeued_goes_on_by_itself(
         for task in random_.sample(job.tasks(), 1):
             os.kill(task, signal.SIGKILL)
         assert job.wait()[0] == "FAILED"
-        for command in (["requeue", job.id], ["update", f"JobId={job.id}", "StartTime=now"]):
-            subprocess.run(["scontrol", *command], check=True)
+        subprocess.run(["scontrol", "requeue", job.id], check=True)
+        # In place of two minutes. In the second in which it ended SLURM would refuse the job ("credential revoked").
+        time.sleep(3)
+        subprocess.run(["scontrol", "update", f"JobId={job.id}", "StartTime=now"], check=True)
     assert job.wait(180) == ("COMPLETED", "0"), job.output()
     assert "ckpt_path auto: goes on from lightning_logs/version_0/checkpoints/last.ckpt" in job.output()
     assert [path.name for path in job.directory.glob("lightning_logs/*")] == ["version_0"]

@@ -28,7 +28,9 @@ def draw(network: nn.Module, data: Any, predictions: Tensor, mistakes: Tensor) -
         trace = Trace(network, data.val[0][:DIGITS].repeat(CLASSES, 1)[:DIGITS].float() / 255)
         figures["network"] = layers(trace, f"{name}\n{type(network).__name__}")
         if found := detectors(trace):
-            figures["weights"] = weights(*found, f"{name}: what the first layer looks for\nthe units that matter most, and the digit of each")
+            figures["weights"] = weights(
+                *found, f"{name}: what the first layer looks for\nthe units that matter most, and the digit of each"
+            )
         else:
             say("No figure weights.png: the first layer's units have not one weight for each pixel")
         if len(which := mistakes[:9]):
