@@ -310,6 +310,8 @@ def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (list(map(str, found)), left_out) == (names, "")
     with pytest.raises(ValueError, match=r"there is no picture phone.*2 \.heic; save pictures as JPEG"):
         find(["phone"])
+    with pytest.raises(ValueError, match=r"there is no picture \*\.tif$"):
+        find([".", "*.tif"])
     for nothing in ("none.png", "*.tif"):
         with pytest.raises(ValueError, match="there is no picture"):
             find([nothing])
@@ -341,7 +343,7 @@ def test_read_reads_pictures(
     assert captured.err == ""
     best_path = "lightning_logs/version_0/checkpoints/best.ckpt"
     lines = captured.out.splitlines()
-    assert lines[0] == f"Weights: {best_path}, stand-in digits (not MNIST), 11 iterations"
+    assert lines[0] == f"Weights: {best_path}, trained on stand-in digits (not MNIST), 11 iterations"
     assert lines[-2:] == ["Predictions: predictions.csv", "Figure: pictures.png"]
     rows = rows_of(tmp_path / "predictions.csv")
     assert list(rows[0]) == ["file", "digit", "probability", "runner_up", "runner_up_probability", "note"]
@@ -401,7 +403,9 @@ def test_read_takes_names_that_are_no_text_and_other_settings(
     (tmp_path / "-x.png").write_bytes((tmp_path / name).read_bytes())
     (tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt").rename(f"{name}.ckpt")
     assert trained("read", f"--ckpt_path={name}.ckpt", f"--csv={name}.csv", "--", "-x.png", name) == 0
-    assert capsys.readouterr().out.startswith("Weights: ?.png.ckpt, stand-in digits (not MNIST), 11 iterations\n")
+    assert capsys.readouterr().out.startswith(
+        "Weights: ?.png.ckpt, trained on stand-in digits (not MNIST), 11 iterations\n"
+    )
     assert [row["file"] for row in rows_of(tmp_path / f"{name}.csv")] == ["-x.png", name]
 
 

@@ -60,13 +60,17 @@ def find(paths: Sequence[str]) -> tuple[list[Path], str]:
         given = dict.fromkeys(map(Path, matches))
         files = [file for match in given for file in _files(match)]
         taken = [file for file in files if file in given or file.suffix.lower() in SUFFIXES]
-        others.update(file.suffix.lower() or file.name for file in set(files) - set(taken))
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
-        left_out = f"not supported: {kinds}; save pictures as JPEG or PNG" if others else ""
+        left_out = Counter(file.suffix.lower() or file.name for file in set(files) - set(taken))
         if not taken:
-            raise ValueError(f"there is no picture {path}" + f" ({left_out})" * bool(others))
+            raise ValueError(f"there is no picture {path}" + f" ({_kinds(left_out)})" * bool(left_out))
+        others += left_out
         found += taken
-    return list(dict.fromkeys(found)), left_out
+    return list(dict.fromkeys(found)), _kinds(others) if others else ""
+
+
+def _kinds(others: Counter[str]) -> str:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+    return f"not supported: {kinds}; save pictures as JPEG or PNG"
 
 
 def _files(path: Path) -> list[Path]:
