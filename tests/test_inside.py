@@ -140,7 +140,7 @@ def test_colours_ink_only(images: Tensor) -> None:
 
 def test_draws_what_it_can_and_says_the_rest(root: Path, images: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
     data, mistakes = prepare("synthetic", root), torch.arange(12)
-    predictions = (data.test[1] + 1) % 10
+    predictions = (data.test[1].long() + 1) % 10
 
     def draw(network: nn.Module, mistakes: Tensor = mistakes) -> set[str]:
         return set(inside_plots.draw(network, data, predictions, mistakes))
@@ -167,7 +167,7 @@ def test_the_caption_says_whether_it_adds_up(
     drawn: list[tuple[list[str], str]] = []
     monkeypatch.setattr(plots, "digit_grid", lambda _, titles, heading: drawn.append((titles, heading)))
     data = prepare("synthetic", root)
-    predictions = (data.test[1] + 1) % 10
+    predictions = (data.test[1].long() + 1) % 10
     network = nn.Sequential(nn.Linear(784, 20), activation, nn.Linear(20, 10))
     inside_plots.draw(network, data, predictions, torch.arange(3))
     ((titles, heading),) = drawn

@@ -50,7 +50,8 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, list[str]]
     draw = plots.digit_grid
 
     def record(images: Tensor, titles: list[str], heading: str) -> Figure:
-        drawn["misclassified" if "misclassified" in heading else "correct"] = images, titles
+        (kind,) = (words for words in ("misclassified", "correct", "why it read that") if words in heading)
+        drawn[kind] = images, titles
         assert "stand-in digits (not MNIST)" in heading
         return draw(images, titles, heading)
 

@@ -28,17 +28,11 @@ def draw(network: nn.Module, data: Any, predictions: Tensor, mistakes: Tensor) -
         trace = Trace(network, data.val[0][:DIGITS].repeat(CLASSES, 1)[:DIGITS].float() / 255)
         figures["network"] = layers(trace, f"{name}\n{type(network).__name__}")
         if found := detectors(trace):
-            figures["weights"] = weights(
-                *found, f"{name}: what the first layer looks for\nthe units that matter most, and the digit of each"
-            )
+            figures["weights"] = weights(*found, f"{name}\nwhat the units that matter most look for, each for a digit")
         else:
             say("No figure weights.png: the first layer's units have not one weight for each pixel")
         if len(which := mistakes[:9]):
-            images, read, true = (
-                data.test[0][which].float() / 255,
-                predictions[which].long(),
-                data.test[1][which].long(),
-            )
+            images, read, true = data.test[0][which] / 255, predictions[which], data.test[1][which].long()
             pixels, constants, is_exact = reasons(network, images, torch.eye(CLASSES)[read] - torch.eye(CLASSES)[true])
             sums = [f"{a:+.1f} {b:+.1f} = {a + b:+.1f}" for a, b in zip(pixels.sum(1), constants, strict=True)]
             pairs = zip(read, true, sums if is_exact else ["no exact sum"] * len(which), strict=True)
