@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunCLI, Start, assert_the_same, newest_run, small
-from test_processes import StartAll, difference, ended, output, poll, start_all, wait_for  # noqa: F401 (a fixture)
+from test_processes import StartAll, difference, ended, free_port, output, poll, start_all, torchrun, wait_for  # noqa: F401 (a fixture)
 
 from mnist_lightning.engine import auto
 from mnist_lightning.engine.guard import hold
@@ -231,6 +232,20 @@ def test_it_goes_on_with_another_number_of_processes(
     assert "goes on from" in output(several)
     assert ended([start(one, settings, "output_0.txt")]) == [0], output(one)
     assert difference(newest_run(one), newest_run(several)) < 1e-10
+
+
+def test_a_signal_ends_a_process_that_waits_for_another_one(tmp_path: Path, root: Path, start: Start) -> None:
+    settings = [*small(root), "--ckpt_path=auto", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    process = start(tmp_path, settings, environment=torchrun(0, 2, port := free_port()))
+    poll(lambda: is_listening(port), "store that the other one would look for")
+    os.kill(process.pid or 0, signal.SIGTERM)
+    assert ended([process], 20) == [128 + signal.SIGTERM]
+    assert "stopped while it waited until all 2 processes meet at 127.0.0.1" in (tmp_path / "output.txt").read_text()
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
 COMMAND = [sys.executable, "-m", "mnist_lightning"]

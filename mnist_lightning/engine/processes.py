@@ -131,14 +131,15 @@ def meet(environment: ClusterEnvironment, accelerator: str) -> None:
     if not torch.distributed.is_initialized():
         os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
         number, world_size = environment.global_rank(), environment.world_size()
-        store, *_ = next(rendezvous("env://", number, world_size))
-        # torchrun keeps its store when it starts processes again, and they would take the dead ones' addresses for
-        # living ones. Of several machines each counts for itself; the README says what to set there.
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            store = distributed_c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
-        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"  # on CPUs Lightning asks whether it is just "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=number, world_size=world_size)
+        with _waiting(f"until all {world_size} processes meet at {environment.main_address}", 60):
+            store, *_ = next(rendezvous("env://", number, world_size))
+            # torchrun keeps its store when it starts processes again, and they would take the dead ones' addresses for
+            # living ones. Of several machines each counts for itself; the README says what to set there.
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                store = distributed_c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+            backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"  # on CPUs Lightning asks whether it is just "gloo"
+            torch.distributed.init_process_group(backend, store=store, rank=number, world_size=world_size)
 
 
 def slurm(plugins: list[Any]) -> list[ClusterEnvironment]:
