@@ -134,7 +134,7 @@ def test_hyperparameters_and_metrics_reach_the_hparams_tab(run_cli: RunCLI, tmp_
 
 
 def test_the_figures_show_what_they_say(run_cli: RunCLI, tmp_path: Path, root: Path, grids: dict[str, Any]) -> None:
-    assert run_cli("fit", "--trainer.max_epochs=2") == 0
+    assert run_cli("fit", "--figures.inside=false", "--trainer.max_epochs=2") == 0
     pixels, labels = prepare("synthetic", root).test
     images = pixels.float() / 255
     checkpoint = tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt"
