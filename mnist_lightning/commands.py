@@ -35,8 +35,7 @@ def data(arguments: list[str]) -> None:
         from mnist_lightning.model import CLASSES
     root = Path(config.data.root)
     raw = files.get(config.data.dataset, root)
-    name = files.describe(config.data.dataset, root, raw)["dataset"]
-    name = files.NAMES.get(name, name)
+    name = files.full_name(files.describe(config.data.dataset, root, raw)["dataset"])
     (images, labels), test = idx.read(raw, "train"), idx.read(raw, "t10k")
     train, val = (images[VAL_SIZE:], labels[VAL_SIZE:]), (images[:VAL_SIZE], labels[:VAL_SIZE])
     say(f"Dataset: {name}")
@@ -192,7 +191,7 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
     network = classifier(**checkpoint["hyper_parameters"])
     network.load_state_dict(checkpoint["state_dict"])
     dataset = checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")
-    trained_on = printable(f"{files.NAMES.get(dataset, dataset)}, {checkpoint['global_step']:,} iterations")
+    trained_on = printable(f"{files.full_name(dataset)}, {checkpoint['global_step']:,} iterations")
     say(printable(f"Weights: {path}, trained on {trained_on}"))
     mlp = network["mlp"].float().eval().requires_grad_(False)
     assert isinstance(mlp, MLP)

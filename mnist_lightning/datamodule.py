@@ -62,7 +62,7 @@ class MNISTDataModule(DeviceDataModule):
     @property
     def dataset_name(self) -> str:
         """`MNIST`, `stand-in digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
-        return files.NAMES.get(name := str(self.hparams["dataset"]), name)
+        return files.full_name(self.hparams["dataset"])
 
     @property
     def raw(self) -> Path:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from mnist_lightning.digits import plots
+from mnist_lightning.digits import inside_plots, plots
 from mnist_lightning.engine.data import uniform_noise
 from mnist_lightning.engine.processes import gather
 from mnist_lightning.engine.report import report, save_figures
@@ -56,8 +56,6 @@ class Figures(pl.Callback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what was read right and wrong, and the network itself."""
-        from mnist_lightning.digits import inside_plots
-
         logits = torch.cat(self._logits).cpu().float()
         if run_directory(trainer) is None:
             return

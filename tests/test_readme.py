@@ -151,6 +151,7 @@ def test_they_are_resumed_in_mid_epoch_to_the_bit(fit: Fit, name: str, tmp_path:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.figures
 def test_their_figures_are_drawn(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

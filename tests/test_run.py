@@ -59,6 +59,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, list[str]]
     return drawn
 
 
+@pytest.mark.figures
 def test_a_run_keeps_its_contract(
     run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], grids: dict[str, Any]
 ) -> None:
@@ -134,7 +135,7 @@ def test_hyperparameters_and_metrics_reach_the_hparams_tab(run_cli: RunCLI, tmp_
 
 
 def test_the_figures_show_what_they_say(run_cli: RunCLI, tmp_path: Path, root: Path, grids: dict[str, Any]) -> None:
-    assert run_cli("fit", "--figures.inside=false", "--trainer.max_epochs=2") == 0
+    assert run_cli("fit", "--trainer.max_epochs=2") == 0
     pixels, labels = prepare("synthetic", root).test
     images = pixels.float() / 255
     checkpoint = tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt"
@@ -224,6 +225,7 @@ def test_a_report_where_loaders_are_given_to_fit(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/results.json").read_text())["iterations"] == 22
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("count", [0, 1, 9, 12])
 def test_digit_grids_of_any_size_draw(count: int, tmp_path: Path) -> None:
     figure = plots.digit_grid(torch.rand(count, 784), ["True: 1, Pred: 2"] * count, "heading")
@@ -510,6 +512,7 @@ def test_a_test_says_what_was_trained_on_what(
     assert steps(run, "test/acc") == [10]
 
 
+@pytest.mark.figures
 def test_a_distorted_run_shows_its_distortions_and_repeats(
     run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,11 @@ MNIST_MD5 = {
 }
 
 
+def full_name(dataset: str) -> str:
+    """A data set's name as people read it: `MNIST`, `stand-in digits (not MNIST)`, or another one's as it is."""
+    return NAMES.get(dataset, dataset)
+
+
 class UnreachableError(DataError):
     """There is nothing of MNIST on disk, and it could not be downloaded either."""
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnist_lightning.engine.run import lock
 from mnist_lightning.model import CLASSES, SIDE
 
 NAMES = [f"{file}-{content}-ubyte" for file in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
@@ -57,18 +58,12 @@ def found(root: Path) -> str:
 def alone(directory: Path) -> Iterator[None]:
     """Let one process at a time, of all machines that share a directory, do something there; others wait."""
     directory.mkdir(parents=True, exist_ok=True)
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl  # Windows has none
-
-    lock = os.open(directory, os.O_RDONLY)
+    held = lock(directory, wait=True)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(lock)
+        if held is not None:
+            os.close(held)
 
 
 def unpack(raw: Path) -> None:

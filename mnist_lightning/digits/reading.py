@@ -3,7 +3,7 @@
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from glob import glob
@@ -103,11 +103,7 @@ def read(mlp: MLP, seen: Mapping[Path, Array | None]) -> tuple[Tensor, list[list
     Returns:
         Probabilities, (N, 10), and rows with the columns of `HEADER`; a blank picture's are the file, `blank`, and "".
     """
-    pixels = torch.zeros(len(seen), PIXELS)
-    for row, digit in zip(pixels, seen.values(), strict=True):
-        if digit is not None:
-            row.copy_(torch.from_numpy(digit))
-    probabilities = mlp(pixels).softmax(1)
+    probabilities = mlp(_stack(seen.values())).softmax(1)
     best, digits = (pair.tolist() for pair in probabilities.topk(2))
     return probabilities, [
         [file, "blank", "", "", "", ""]
@@ -115,6 +111,15 @@ def read(mlp: MLP, seen: Mapping[Path, Array | None]) -> tuple[Tensor, list[list
         else [file, first, p, second, q, SEVERAL if _several(digit) else ""]
         for (file, digit), (p, q), (first, second) in zip(seen.items(), best, digits, strict=True)
     ]
+
+
+def _stack(digits: Collection[Array | None]) -> Tensor:
+    """Digits as one tensor, (N, 784) in [0, 1]; a blank one is all 0."""
+    pixels = torch.zeros(len(digits), PIXELS)
+    for row, digit in zip(pixels, digits, strict=True):
+        if digit is not None:
+            row.copy_(torch.from_numpy(digit))
+    return pixels
 
 
 def _several(digit: Array) -> bool:
@@ -161,6 +166,12 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, ml
     more = f": the first {len(drawn)} of {len(seen):,} pictures" if len(seen) > len(drawn) else ""
     _write(pen, (figure.width / 2, HEADING - 50), f"What the network read{more}", 20)
     _write(pen, (figure.width / 2, HEADING - 18), "Blue (dark) ink speaks for it, orange (light) for the runner-up", 14)
+    pixels = _stack([digit for _, digit in drawn])
+    best = probabilities[: len(drawn)].topk(2).indices
+    shares = torch.eye(CLASSES)[best]
+    says, constants, _ = reasons(mlp, pixels, shares[:, 0] - shares[:, 1])
+    inks = (255 * colored(pixels, says)).byte().view(-1, SIDE, SIDE, 4).numpy()
+    greys = (255 * (1 - pixels)).byte().view(-1, SIDE, SIDE).numpy()
     for index, ((file, digit), row) in enumerate(zip(drawn, probabilities.tolist(), strict=False)):
         left, top = index % columns * WIDTH + 14, index // columns * HEIGHT + HEADING + 24
         given = pictures.load(file).convert("RGBA")
@@ -172,41 +183,40 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, ml
         _write(pen, (left + TILE / 2, top - 14), name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", 14)
 
         left += TILE + 10
-        pixels = torch.zeros(PIXELS) if digit is None else torch.from_numpy(digit)
-        grey = Image.fromarray((255 * (1 - pixels)).byte().reshape(SIDE, SIDE).numpy())
-        figure.paste(grey.resize((TILE, TILE), Image.Resampling.NEAREST), (left, top))
+        _paste(figure, greys[index], (left, top))
         pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
         _write(pen, (left + TILE / 2, top - 14), "as seen", 14)
 
         left += TILE + 12
-        best = max(row)
-        read = "blank" if digit is None else f"{row.index(best)}  ({best:.1%})"
+        first, second = best[index].tolist()
+        read = "blank" if digit is None else f"{first}  ({row[first]:.1%})"
         _write(pen, (left + 8 * CLASSES, top - 14), read, 14)
         if digit is None:
             continue
         for number, probability in enumerate(row):
             x, bottom = left + 16 * number, top + TILE - 14
-            color = "#d1602a" if probability == best else "#4878a8"
+            color = "#d1602a" if number == first else "#4878a8"
             pen.rectangle((x + 2, round(bottom - probability * (TILE - 14)), x + 13, bottom), color)
             _write(pen, (x + 8, bottom + 11), str(number), 12)
         pen.line((left, bottom, left + 16 * CLASSES, bottom), "black")
 
-        first, second = probabilities[index].topk(2).indices.tolist()
-        shares = torch.eye(CLASSES)[first] - torch.eye(CLASSES)[second]
-        says, constant, _ = reasons(mlp, pixels[None], shares[None])
-        ink = Image.fromarray((255 * colored(pixels[None], says)).byte().view(SIDE, SIDE, 4).numpy())
-        ink = ink.resize((TILE, TILE), Image.Resampling.NEAREST)
         left, top = left - TILE - 12, top + TILE + 36
-        figure.paste(ink, (left, top), ink)
+        _paste(figure, inks[index], (left, top))
         pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
         _write(pen, (left + TILE / 2, top - 14), f"why {first}, not {second}", 14)
-        terms = {f"ink for {first}": says.clamp(min=0), f"ink for {second}": says.clamp(max=0), "constant": constant}
-        lines = [f"{name} {part.sum():+.1f}" for name, part in terms.items()] + [
-            f"= {says.sum() + constant.sum():+.1f}"
-        ]
+        each, constant = says[index], constants[index]
+        terms = {f"ink for {first}": each.clamp(min=0), f"ink for {second}": each.clamp(max=0), "constant": constant}
+        lines = [f"{name} {part.sum():+.1f}" for name, part in terms.items()]
+        lines.append(f"= {each.sum() + constant:+.1f}")
         for line, text in enumerate(lines):
             _write(pen, (left + TILE + 12 + 8 * CLASSES, top + 20 + 24 * line), text, 14)
     figure.save(path, "PNG")
+
+
+def _paste(figure: Image.Image, digit: Array, corner: tuple[int, int]) -> None:
+    """Paste a digit, (28, 28), grey, or (28, 28, 4), of which the last is the opacity."""
+    tile = Image.fromarray(digit).resize((TILE, TILE), Image.Resampling.NEAREST)
+    figure.paste(tile, corner, tile if tile.mode == "RGBA" else None)
 
 
 def _write(pen: ImageDraw.ImageDraw, centre: tuple[float, float], text: str, size: int) -> None:

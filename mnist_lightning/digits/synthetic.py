@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
+from mnist_lightning.digits import idx
+
 VERSION = 1  # raise when the digits change; caches of another version are made again
 
 SIZES = {"train": 60_000, "t10k": 10_000}  # digits in the files of each of MNIST's two sets
-FILES = [f"{split}-{content}-ubyte" for split in SIZES for content in ("images-idx3", "labels-idx1")]
 MANIFEST = "manifest.json"
 
 # The ways people write each digit: (digit, how common among its ways, path). The paths were written by hand and the
@@ -217,7 +218,7 @@ def is_complete(directory: Path) -> bool:
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         return manifest["version"] == VERSION and all(
-            md5_sum(directory / name) == manifest["md5"][name] for name in FILES
+            md5_sum(directory / name) == manifest["md5"][name] for name in idx.NAMES
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False

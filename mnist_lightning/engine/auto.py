@@ -6,7 +6,6 @@ A run's directory holds `unfinished.json` until its `fit` is done: the job that 
 import contextlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from . import processes
 from .guard import hold
-from .run import PROGRAM, rank, run_directory, say
+from .run import PROGRAM, numbered_runs, rank, run_directory, say
 from .tensorboard import RunLogger
 
 UNFINISHED = "unfinished.json"
@@ -83,9 +82,7 @@ def find(runs: Path, config: Any) -> tuple[str | None, Path | None, int | None]:
 
 
 def _newest(runs: Path, settings: Any) -> tuple[Path | None, int | None]:
-    numbers = (re.fullmatch(r"version_(\d+)", path.parent.name) for path in runs.glob(f"version_*/{UNFINISHED}"))
-    for number in sorted((int(match[1]) for match in numbers if match), reverse=True):
-        run = runs / f"version_{number}"
+    for run in numbered_runs(runs):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, MisconfigurationException):
             begun = json.loads((run / UNFINISHED).read_text())
             if begun["settings"] == settings and job() in (None, begun["job"]):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .run import numbered_runs
+
 PARTS = ("state_dict", "global_step", "loops", "callbacks", "pytorch-lightning_version")
 
 
@@ -77,14 +79,12 @@ def find(name: str, runs: Path) -> Path:
             raise CheckpointError(f"there is no checkpoint {name}")
         return Path(name)
     # Each run has the two, if it was validated; what only tests has a directory too, and no checkpoints.
-    numbered = {
-        int(match[1]): path.parent
-        for path in runs.glob("version_*/checkpoints/*.ckpt")
-        if path.stem in ("best", "last") and (match := re.fullmatch(r"version_(\d+)", path.parts[-3]))
-    }
-    if not numbered:
+    directories = (run / "checkpoints" for run in numbered_runs(runs))
+    trained = (each for each in directories if any((each / f"{kind}.ckpt").exists() for kind in ("best", "last")))
+    newest = next(trained, None)
+    if newest is None:
         raise CheckpointError(f"there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
-    path = numbered[max(numbered)] / f"{name}.ckpt"
+    path = newest / f"{name}.ckpt"
     if not path.is_file():
         ways = "give `last`, or a path for another run's" if name == "best" else "give a path"
         raise CheckpointError(f"there is no {path}: the newest run has not come to it; {ways}")

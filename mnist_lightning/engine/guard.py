@@ -1,7 +1,6 @@
 """What is refused before a run goes wrong: two processes in one directory, and what could not be resumed exactly."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .checkpoint_file import CheckpointError
-from .run import run_directory
+from .run import lock, run_directory
 
 # What PyTorch's fused optimizers write to, without a look at its size.
 KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
@@ -88,24 +87,15 @@ def early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
 
 
 def hold(run: Path) -> int | None:
-    """Lock a run's directory; return the file descriptor that holds the lock, or None where there are no locks.
+    """`lock` a run's directory.
 
     Raises:
         MisconfigurationException: Another process holds it.
     """
-    if sys.platform == "win32":
-        return None
-    import fcntl  # Windows has none
-
-    lock = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(run)
     except BlockingIOError as error:
-        os.close(lock)
         raise MisconfigurationException(f"another process is training in {run}") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
 
 
 def refuse_manual_optimization(checkpoint: dict[str, Any]) -> None:

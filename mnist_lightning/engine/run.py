@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,33 @@ def run_directory(trainer: "pl.Trainer") -> Path | None:
     directory = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def numbered_runs(runs: Path) -> list[Path]:
+    """The directories `version_N`, the newest first."""
+    numbered = {int(match[1]): path for path in runs.glob("*") if (match := re.fullmatch(r"version_(\d+)", path.name))}
+    return [numbered[number] for number in sorted(numbered, reverse=True)]
+
+
+def lock(directory: Path, wait: bool = False) -> int | None:
+    """Lock a directory; return the file descriptor that holds the lock, or None where the system has none.
+
+    Raises:
+        BlockingIOError: Another process holds it, and this one does not wait.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl  # Windows has none
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
 
 
 def versions() -> dict[str, str]:

@@ -16,14 +16,11 @@ part where they are installed. The last column is the anonymous memory after tra
 
 import argparse
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -41,12 +38,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from memory import anonymous
 from parts import parts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
-from whole import beside, whole
+from whole import beside, seconds_an_epoch, whole
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
 from mnist_lightning.digits import idx
@@ -253,45 +251,16 @@ def lightning_as_documented(turns: Turns, data: MNISTDataModule) -> float:
 def jax_scan(turns: Turns, data: MNISTDataModule) -> float:
     """An epoch as one compiled `lax.scan`."""
     import jax
-    import jax.numpy as jnp
+    import jax_scan as script
 
-    (images, labels), (test_images, test_labels) = (
-        [jnp.asarray(tensor.numpy()) for tensor in as_floats(split)] for split in (data.train, data.test)
+    train, test = (
+        [jax.numpy.asarray(tensor.numpy()) for tensor in as_floats(split)] for split in (data.train, data.test)
     )
-    keys = jax.random.split(jax.random.key(0), 3)
-    parameters = (
-        0.01 * jax.random.truncated_normal(keys[0], -2, 2, (784, 200)),
-        jnp.zeros(200),
-        0.01 * jax.random.truncated_normal(keys[1], -2, 2, (200, 10)),
-        jnp.zeros(10),
-    )
-
-    def forward(p: Any, x: Any) -> Any:
-        return jax.nn.relu(x @ p[0] + p[1]) @ p[2] + p[3]
-
-    def loss(p: Any, x: Any, y: Any) -> Any:
-        return -jnp.take_along_axis(jax.nn.log_softmax(forward(p, x)), y[:, None], 1).mean()
-
-    def step(state: Any, index: Any) -> Any:
-        p, m, v, t = state
-        gradients, t = jax.grad(loss)(p, images[index], labels[index]), t + 1
-        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, gradients)
-        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, gradients)
-        rate = 0.001 * jnp.sqrt(1 - 0.999**t) / (1 - 0.9**t)
-        p = jax.tree.map(lambda p, m, v: p - rate * m / (jnp.sqrt(v) + 1e-8), p, m, v)
-        return (p, m, v, t), None
-
-    @jax.jit
-    def run_epoch(state: Any, key: Any) -> Any:
-        order = jax.random.permutation(key, len(labels)).reshape(-1, 100)
-        return jax.lax.scan(step, state, order)[0]
-
-    zeros = jax.tree.map(jnp.zeros_like, parameters)
-    state = (parameters, zeros, zeros, jnp.float32(0))
+    state, run_epoch = script.training(*train)
     for epoch in range(turns.epochs):
         with turns.take():
-            state = jax.block_until_ready(run_epoch(state, jax.random.fold_in(keys[2], epoch)))
-    return float((forward(state[0], test_images).argmax(1) == test_labels).mean())
+            state = jax.block_until_ready(run_epoch(state, epoch))
+    return script.accuracy(state, *test)
 
 
 def keras(turns: Turns, data: MNISTDataModule, steps_per_execution: int) -> float:
@@ -354,19 +323,12 @@ def contest(
     data.setup("fit")
     torch.manual_seed(0)
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
-        before = anonymous_memory()
+        before = anonymous()
         accuracy = contestant(Turns(pipe, options.epochs), data, **settings)
-        pipe.send((accuracy, anonymous_memory() - before))
+        pipe.send((accuracy, anonymous() - before))
         # Until the main process ends: even ending would be work in another's turn.
         with contextlib.suppress(EOFError):
             pipe.recv()
-
-
-def anonymous_memory() -> float:
-    """MB that belong to this process alone, where the system is Linux: mapped files are not counted."""
-    with contextlib.suppress(OSError), Path("/proc/self/status").open() as lines:
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
-    return float("nan")
 
 
 def in_turns(
@@ -470,36 +432,22 @@ def progress_bar(options: argparse.Namespace) -> None:
 def processes(options: argparse.Namespace) -> None:
     """Whole epochs of the command `fit`, validation included; the better of two runs."""
     columns = {
-        "one process, all cores": (os.cpu_count() or 1, ["--trainer.devices=1"]),
-        "one process, one core": (1, ["--trainer.devices=1"]),
-        "two processes, a core each": (1, ["--trainer.devices=2", "--trainer.strategy=ddp"]),
+        "one process, all cores": ({"OMP_NUM_THREADS": str(os.cpu_count() or 1)}, ["--trainer.devices=1"]),
+        "one process, one core": ({"OMP_NUM_THREADS": "1"}, ["--trainer.devices=1"]),
+        "two processes, a core each": ({"OMP_NUM_THREADS": "1"}, ["--trainer.devices=2", "--trainer.strategy=ddp"]),
     }
     print("\n| minibatch |", " | ".join(columns), "|\n" + "| --- " * (1 + len(columns)) + "|")
     for batch_size in (100, 1_000, 5_000, 11_000):
-        runs = [[command_seconds(options, batch_size, *column) for column in columns.values()] for _ in range(2)]
+        data = [f"--data.dataset={options.dataset}", f"--data.root={options.root}", f"--data.batch_size={batch_size}"]
+        runs = [
+            [
+                seconds_an_epoch([*data, "--trainer.accelerator=cpu", *devices], options.epochs, threads)
+                for threads, devices in columns.values()
+            ]
+            for _ in range(2)
+        ]
         better = [f"{min(pair):.2f}" for pair in zip(*runs, strict=True)]
         print(f"| {batch_size:,} |", " | ".join(better), "|", flush=True)
-
-
-def command_seconds(options: argparse.Namespace, batch_size: int, threads: int, devices: list[str]) -> float:
-    """Seconds an epoch, by the `results.json` of a run."""
-    with tempfile.TemporaryDirectory() as directory:
-        settings = {
-            "data.dataset": options.dataset,
-            "data.root": options.root,
-            "data.batch_size": batch_size,
-            "trainer.accelerator": "cpu",
-            "trainer.max_epochs": options.epochs,
-            "trainer.default_root_dir": directory,
-            "test_after_fit": "false",
-        }
-        arguments = [f"--{name}={value}" for name, value in settings.items()]
-        command = [sys.executable, "-m", "mnist_lightning", "fit", *arguments, *devices]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        (results,) = Path(directory).rglob("results.json")
-        seconds: float = json.loads(results.read_text())["train_seconds"] / options.epochs
-    return seconds
 
 
 def main() -> None:

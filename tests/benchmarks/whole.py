@@ -11,7 +11,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-SCRIPTS = Path(__file__).with_name("scripts")
+SCRIPTS = Path(__file__).parent
 PYTHON = [sys.executable, "-u"]
 OTHERS = {"jax": "jax_scan.py", "keras": "keras_fit.py", "sklearn": "scikit_learn.py"}
 
@@ -61,7 +61,9 @@ def beside(options: argparse.Namespace) -> None:
         for policy, environment in POLICIES.items():
             for column, busy, fits in zip(columns, (0, 1, 2, 0), (1, 1, 1, 2), strict=True):
                 others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
-                taken.setdefault((policy, column), []).append(_seconds_an_epoch(options.root, environment, fits))
+                taken.setdefault((policy, column), []).append(
+                    seconds_an_epoch([f"--data.root={options.root}"], 3, environment, fits)
+                )
                 for other in others:
                     other.kill()
                 print(f"{policy}, {column}: {taken[policy, column][-1]:.2f} s", file=sys.stderr, flush=True)
@@ -84,18 +86,17 @@ def _seconds_until(command: list[str]) -> list[float]:
         return [*ends, time.perf_counter() - start]
 
 
-def _seconds_an_epoch(root: str, environment: dict[str, str], fits: int) -> float:
-    """The mean of so many `fit`s at once, of three epochs each; by their `results.json`."""
-    arguments = [f"--data.root={Path(root).resolve()}", "--trainer.max_epochs=3", "--test_after_fit=false"]
-    command = [*PYTHON, "-m", "mnist_lightning", "fit", *arguments]
+def seconds_an_epoch(settings: list[str], epochs: int, environment: dict[str, str], fits: int = 1) -> float:
+    """The mean of so many `fit`s at once, validation included; by their `results.json`."""
     with tempfile.TemporaryDirectory() as directory:
+        more = [f"--trainer.default_root_dir={directory}", f"--trainer.max_epochs={epochs}", "--test_after_fit=false"]
+        command = [*PYTHON, "-m", "mnist_lightning", "fit", *settings, *more]
         processes = [
-            subprocess.Popen(command, cwd=directory, env=os.environ | environment, stdout=subprocess.DEVNULL)
-            for _ in range(fits)
+            subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL) for _ in range(fits)
         ]
         codes = [process.wait() for process in processes]
         if any(codes):
             raise SystemExit(f"failed: {' '.join(command)}")
         results = [json.loads(path.read_text()) for path in Path(directory).rglob("results.json")]
-    seconds: float = statistics.mean(result["train_seconds"] for result in results) / 3
+    seconds: float = statistics.mean(result["train_seconds"] for result in results) / epochs
     return seconds

@@ -2,25 +2,14 @@
 
 import os
 import sys
-from pathlib import Path
 
 os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 import keras
-import numpy as np
+from mnist_files import read
 
-raw, epochs = Path(sys.argv[1], "MNIST", "raw"), int(sys.argv[2])
-
-
-def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = (
-        np.fromfile(raw / f"{split}-{name}-ubyte", np.uint8, offset=offset)
-        for name, offset in (("images-idx3", 16), ("labels-idx1", 8))
-    )
-    return images.reshape(-1, 784).astype(np.float32) / 255, labels.astype(np.int32)
-
-
-(images, labels), test = read("train"), read("t10k")
+root, epochs = sys.argv[1], int(sys.argv[2])
+(images, labels), test = read(root, "train"), read(root, "t10k")
 initial = keras.initializers.TruncatedNormal(stddev=0.01)
 layers = [
     keras.layers.Dense(200, activation="relu", kernel_initializer=initial),
