@@ -170,6 +170,8 @@ def run_in_process(directory: Path, arguments: list[str], output_name: str, envi
     from mnist_lightning import datamodule
     from mnist_lightning.__main__ import main
 
+    if "OMP_NUM_THREADS" in environment:  # which PyTorch, loaded before the fork, does not see
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if "MNIST_MD5" in environment:
         files.MNIST_MD5 = json.loads(environment["MNIST_MD5"])
     datamodule.EVAL_BATCH_SIZE = int(environment.get("EVAL_BATCH_SIZE", datamodule.EVAL_BATCH_SIZE))
