@@ -19,7 +19,9 @@ from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.digits import files, synthetic
+from mnist_lightning.digits import files, inside_plots, plots, synthetic
+from mnist_lightning.engine.cli import CLI
+from mnist_lightning.engine.tensorboard import RunLogger
 
 SMALL = {"train": 1250, "t10k": 230}
 VAL_SIZE = 200  # leaves 1,050 training digits: 11 minibatches of 100, the last one of 50
@@ -29,13 +31,31 @@ Start = Callable[..., BaseProcess]
 
 # Processes that have the libraries imported already: a run starts in a second, not in seven.
 fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(["mnist_lightning.cli"])
+fork.set_forkserver_preload(["mnist_lightning.cli", "conftest", "torch.utils.tensorboard"])
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens on port 9 of this machine: a download fails at once."""
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _parsers_are_made_once() -> Iterator[None]:
+    """To make one takes as long as to train on the small data. It depends on nothing but the command and the classes."""
+    made: dict[Any, dict[str, Any]] = {}
+    make = CLI.setup_parser
+
+    def setup_parser(self: CLI, *args: Any) -> None:
+        key = (*sys.argv[1:2], type(self), self.network_class, self.datamodule_class, self.callbacks)
+        if key not in made:
+            make(self, *args)
+            made[key] = {name: value for name, value in vars(self).items() if "parser" in name or "_arguments" in name}
+        vars(self).update(made[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLI, "setup_parser", setup_parser)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -112,13 +132,26 @@ def run_cli(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunC
 
 @pytest.fixture(autouse=True)
 def _blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "figures" not in request.keywords:
+        leave_figures_blank(monkeypatch.setattr)
+
+
+def leave_figures_blank(setattr: Callable[..., None]) -> None:
     """To draw them takes longer than to train on the small data; tests that look at them are marked `figures`."""
 
     def save(_: Figure, path: str, **__: Any) -> None:
         Image.new("RGB", (1, 1)).save(path, "PNG")
 
-    if "figures" not in request.keywords:
-        monkeypatch.setattr(Figure, "savefig", save)
+    setattr(Figure, "savefig", save)
+    setattr(RunLogger, "log_graph", lambda *_: None)
+    for module, name in (
+        (plots, "digit_grid"),
+        (plots, "confusion_matrix"),
+        (plots, "training_curves"),
+        (inside_plots, "layers"),
+        (inside_plots, "weights"),
+    ):
+        setattr(module, name, lambda *_: Figure())
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +203,9 @@ def run_in_process(directory: Path, arguments: list[str], output_name: str, envi
     from mnist_lightning import datamodule
     from mnist_lightning.__main__ import main
 
+    synthetic.SIZES = SMALL
+    if "FIGURES" not in environment:
+        leave_figures_blank(setattr)
     if "OMP_NUM_THREADS" in environment:  # which PyTorch, loaded before the fork, does not see
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if "MNIST_MD5" in environment:

@@ -104,6 +104,7 @@ class Residual(nn.Module):
         return logits
 
 
+@pytest.mark.figures
 def test_branches_are_not_drawn_as_a_chain(mlp: MLP, images: Tensor) -> None:
     assert not inside.Trace(mlp, images).branches
     trace = inside.Trace(Residual(), images)

@@ -35,7 +35,7 @@ Found = TypeVar("Found")
 # 2 and 3 divide a minibatch of 198, but not the last ones: of 1,049 training digits 59 are left, of 201 for validation
 # 3, of 230 for testing 32.
 UNEVEN = ["--data.val_size=201", "--data.batch_size=198", "--model.hidden_dim=50"]
-EVAL_BY_99 = {"EVAL_BATCH_SIZE": "99"}
+EVAL_BY_99 = {"EVAL_BATCH_SIZE": "99", "FIGURES": "drawn"}
 
 
 def free_port() -> int:
@@ -105,10 +105,13 @@ def start_all(start: Start) -> StartAll:
 def test_a_run_says_that_it_waits_for_another_machine_and_heeds_signals(
     tmp_path: Path, root: Path, start: Start
 ) -> None:
+    runs = []
     for signum in (signal.SIGTERM, signal.SIGINT):
-        port, output = free_port(), tmp_path / f"{signum}.txt"
+        port = free_port()
         two, alone = [*small(root), "--trainer.num_nodes=2"], {"MASTER_PORT": str(port)}
-        process = start(tmp_path, two, output.name, alone)
+        runs.append((signum, port, start(tmp_path, two, f"{signum}.txt", alone)))
+    for signum, port, process in runs:
+        output = tmp_path / f"{signum}.txt"
         while process.is_alive() and "Waiting" not in output.read_text():
             time.sleep(0.05)
         assert process.pid
@@ -119,7 +122,7 @@ def test_a_run_says_that_it_waits_for_another_machine_and_heeds_signals(
         what = f"until all 2 processes meet at 127.0.0.1:{port}; start this on all 2 machines, by torchrun or with "
         assert waiting.startswith(f"Waiting {what}MASTER_ADDR")
         assert stopped.startswith(f"mnist_lightning: stopped while it waited {what}MASTER_ADDR")
-        assert not list(tmp_path.glob("lightning_logs"))
+    assert not list(tmp_path.glob("lightning_logs"))
 
 
 def ended(processes: list[BaseProcess], seconds: float = 60) -> list[int | None]:
@@ -266,7 +269,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_a_signal_to_any_process_stops_all_among_quiet_iterations(
     tmp_path: Path, root: Path, start_all: StartAll, signalled: int
 ) -> None:
-    settings = [*small(root), "--data.batch_size=2", "--trainer.log_every_n_steps=0", "--model.dropout=0.2"]
+    settings = [*small(root), "--data.batch_size=10", "--trainer.log_every_n_steps=0", "--model.dropout=0.2"]
     settings += ["--model.hidden_dim=20", "--test_after_fit=false"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     runs = start_all(stopped, [*settings, "--trainer.max_epochs=1000"], 2)
@@ -304,8 +307,8 @@ def test_a_process_that_hangs_takes_the_run_down_within_a_minute(
 
 
 def test_one_process_makes_the_data_for_all(tmp_path: Path, start_all: StartAll) -> None:
-    arguments = ["fit", "--data.dataset=synthetic", "--trainer.max_steps=1", "--trainer.limit_test_batches=1"]
-    assert ended(start_all(tmp_path, arguments, 2), 120) == [0, 0], output(tmp_path)
+    arguments = ["fit", "--data.dataset=synthetic", "--data.val_size=200", "--trainer.max_steps=1"]
+    assert ended(start_all(tmp_path, arguments, 2)) == [0, 0], output(tmp_path)
     assert "Drawing stand-in digits" in output(tmp_path, 0)
     assert output(tmp_path, 1) == ""
 

@@ -269,7 +269,7 @@ ELSEWHERE |= {"best.ckpt", "last.ckpt", "network.png", "weights.png", "why.png"}
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
 def test_files_that_are_named_exist(readme: Path) -> None:
     text = readme.read_text()
-    linked = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    linked = re.findall(r"\]\((?!https:)([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     assert linked
     assert [name for name in linked if not (readme.parent / name).exists()] == []
     named = set(re.findall(r"(?<![\w/.*])(?:\.?\w[\w-]*/)*[\w-]+\.(?:py|yaml|md|toml|png|ckpt|json|csv|html)\b", text))

@@ -85,17 +85,15 @@ def layers(trace: Trace, heading: str) -> Figure:
 def weights(pictures: Tensor, digits: Tensor, heading: str) -> Figure:
     """Draw the weights of N units, (N, 28, 28), eight to a row, and under each its digit, (N,)."""
     columns, scale = min(8, len(digits)), pictures.abs().quantile(0.999).item()
-    # One picture of all, with gaps: as many axes would take a second to draw.
-    tiles = nn.functional.pad(pictures, (0, 3, 0, 10, 0, -len(digits) % columns), value=np.nan)
-    tiles = tiles.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2).flatten(0, 1)
-    wide, high = tiles.shape[1] / 37, tiles.shape[0] / 37
+    grid = plots.tiles(pictures, columns, (0, 3, 0, 10), np.nan)
+    high, wide = (size / 37 for size in grid.shape)
     height = high + 1.3
     figure = Figure(figsize=(7, height))
     figure.suptitle(heading, y=1 - 0.1 / height, va="top", fontsize=11)
     axes = figure.add_axes(((7 - wide) / 14, 0.75 / height, wide / 7, high / height))
     axes.axis("off")
     colors = LinearSegmentedColormap.from_list("", np.divide(ORANGE_TO_BLUE, 255))
-    shown = axes.imshow(tiles.numpy(), cmap=colors, vmin=-scale, vmax=scale)
+    shown = axes.imshow(grid.numpy(), cmap=colors, vmin=-scale, vmax=scale)
     for index, digit in enumerate(digits):
         x, y = index % columns * 31 + 13.5, index // columns * 38 + 28
         axes.text(x, y, f"{digit}", ha="center", va="top", weight="bold")

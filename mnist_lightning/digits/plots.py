@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import matplotlib.figure
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist_lightning.model import CLASSES, SIDE
 
@@ -34,20 +34,42 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
         titles: A title for each image.
         heading: Title of the whole figure.
     """
-    more = max([0, *(title.count("\n") for title in titles)])  # lines of a title
-    figure = Figure(figsize=(5, 5.8 + more))
-    figure.suptitle(heading, y=0.985, fontsize=12 - more)
-    figure.subplots_adjust(0.02, 0.02, 0.98, 0.86 - 0.02 * more, wspace=0.05, hspace=0.2 + 0.15 * more)
-    for index, axes in enumerate(figure.subplots(3, 3).flat):
-        # Matplotlib measures the labels of ticks also where the axis is off, which takes half of the time to draw.
-        axes.set(xticks=(), yticks=())
-        axes.axis("off")
-        if index < min(len(images), 9):
-            axes.imshow(images[index].reshape(SIDE, SIDE, -1).numpy(), cmap="gray_r", vmin=0, vmax=1)
-            axes.set_title(titles[index], fontsize=10)
-    if len(images) == 0:
-        figure.text(0.5, 0.5, "none", ha="center", va="center", color="gray", fontsize=16)
+    images, lines = images[:9], 1 + max([0, *(title.count("\n") for title in titles)])
+    above, heading_height = 2 + 3 * lines, 0.24 * (1 + heading.count("\n")) + 0.1  # of a title, in pixels; in inches
+    height = heading_height + 5 * (SIDE + above) / (SIDE + 2)
+    figure = Figure(figsize=(5, height))
+    figure.suptitle(heading, y=1 - 0.1 / height, va="top", fontsize=13 - lines)
+    # One picture of all: an axes for each digit would take half of the time of a run's figures.
+    axes = figure.add_axes((0, 0, 1, 1 - heading_height / height))
+    axes.axis("off")
+    if len(images):
+        grid = tiles(images, 3, (1, 1, above, 0))
+        axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axes.set(xlim=(-0.5, 3 * (SIDE + 2) - 0.5), ylim=(3 * (SIDE + above) - 0.5, -0.5))
+        for index, title in enumerate(titles[: len(images)]):
+            x, y = index % 3 * (SIDE + 2) + SIDE / 2 + 0.5, index // 3 * (SIDE + above) + above - 1.5
+            axes.text(x, y, title, ha="center", va="bottom", fontsize=10)
+    else:
+        axes.text(0.5, 0.6, "none", ha="center", va="center", color="gray", fontsize=16)
     return figure
+
+
+def tiles(images: Tensor, columns: int, margins: tuple[int, int, int, int], blank: float = 0) -> Tensor:
+    """Put images side by side, row by row.
+
+    Args:
+        images: (N, 784), or (N, 784, C) of C colours.
+        columns: Images of a row; the last one may have fewer.
+        margins: Pixels left of, right of, above and below each image.
+        blank: The value of margins, and of what the last row lacks.
+
+    Returns:
+        (H, W), or (H, W, C).
+    """
+    left, right, above, below = margins
+    images = images.reshape(len(images), SIDE, SIDE, -1)
+    images = nn.functional.pad(images, (0, 0, left, right, above, below, 0, -len(images) % columns), value=blank)
+    return images.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)
 
 
 def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:
@@ -58,15 +80,15 @@ def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:
         copies: (N, C, 784) pixels in [0, 1].
         heading: Title of the whole figure.
     """
-    rows, columns = copies.shape[:2]
-    height = 0.62 * rows + 0.8
+    columns = copies.shape[1]
+    height = 0.62 * len(copies) + 0.8
     figure = Figure(figsize=(0.62 * (columns + 1.4), height))
     figure.suptitle(heading, y=1 - 0.08 / height, va="top")
     figure.subplots_adjust(0.02, 0.1 / height, 0.98, 1 - 0.7 / height, wspace=0.08)
     pictures = {"original": images[:, None], "each epoch another distortion": copies}
     for axes, (title, picture) in zip(figure.subplots(1, 2, width_ratios=(1, columns)), pictures.items(), strict=True):
-        tiles = picture.reshape(rows, -1, SIDE, SIDE).transpose(1, 2).flatten(2).flatten(0, 1)
-        axes.imshow(tiles.numpy(), cmap="gray_r", vmin=0, vmax=1)
+        grid = tiles(picture.flatten(0, 1), picture.shape[1], (0, 0, 0, 0))
+        axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
     return figure
