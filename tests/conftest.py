@@ -1,8 +1,14 @@
 """Fixtures: small data sets in MNIST's file format, and the command line run in this process."""
 
+# ruff: noqa: E402
+
+import os
+
+# Before PyTorch is loaded: idle threads of one test would otherwise spin on the core that another test needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator

@@ -38,6 +38,7 @@ def text(outputs: list[Any]) -> str:
     return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
+@pytest.mark.slow
 def test_a_kernel_trains_and_shows(root: Path, tmp_path: Path) -> None:
     sources = [TRAINS.format(root=str(root)), SHOWS, RUNS.format(root=root), COMMANDS.replace("{root}", str(root))]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])

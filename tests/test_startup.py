@@ -33,6 +33,7 @@ DRAWING = {"matplotlib", "PIL"}
 OTHERS = {"tensorboard", "onnx", "onnxscript", "onnxruntime"}
 
 
+@pytest.mark.slow
 def test_no_command_imports_what_it_does_not_use(run_cli: RunCLI, tmp_path: Path, root: Path) -> None:
     assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=7", "--test_after_fit=false") == 0
     Image.new("L", (28, 28), 255).save(tmp_path / "digit.png")
