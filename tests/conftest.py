@@ -1,7 +1,5 @@
 """Fixtures: small data sets in MNIST's file format, and the command line run in this process."""
 
-# ruff: noqa: E402
-
 import os
 
 # Before PyTorch is loaded: idle threads of one test would otherwise spin on the core that another test needs.
@@ -48,7 +46,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _parsers_are_made_once() -> Iterator[None]:
-    """To make one takes as long as to train on the small data. It depends on nothing but the command and the classes."""
+    """To make one takes as long as to train on the small data. It depends on the command and the classes alone."""
     made: dict[Any, dict[str, Any]] = {}
     make = CLI.setup_parser
 

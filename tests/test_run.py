@@ -236,7 +236,9 @@ def test_digit_grids_of_any_size_draw(count: int, tmp_path: Path) -> None:
     assert titles == ([f"True: {i}" for i in range(min(count, 9))] or ["none"])
     for index, image in enumerate(images[:9]):
         row, column = divmod(index, 3)
-        shown = axes.images[0].get_array()[row * 33 + 5 : (row + 1) * 33, column * 30 + 1 : column * 30 + 29]
+        grid = axes.images[0].get_array()
+        assert grid is not None
+        shown = grid[row * 33 + 5 : (row + 1) * 33, column * 30 + 1 : column * 30 + 29]
         assert (shown == image.view(28, 28).numpy()).all(), index
 
 

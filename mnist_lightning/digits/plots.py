@@ -69,7 +69,8 @@ def tiles(images: Tensor, columns: int, margins: tuple[int, int, int, int], blan
     left, right, above, below = margins
     images = images.reshape(len(images), SIDE, SIDE, -1)
     images = nn.functional.pad(images, (0, 0, left, right, above, below, 0, -len(images) % columns), value=blank)
-    return images.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)
+    grid: Tensor = images.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)
+    return grid
 
 
 def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:

@@ -80,7 +80,8 @@ def fit(settings: list[str], processes: int = 1) -> tuple[float, float, float, l
             line = runs[0].stdout.readline()
             if line.startswith("iter "):
                 points.append((int(line.split()[1].rstrip(":")), time.perf_counter()))
-                shares = [share(run.pid) for run in runs if run.poll() is None]
+                with contextlib.suppress(OSError):  # one that has just ended
+                    shares = [share(run.pid) for run in runs]
             time.sleep(0.02)
         for run in runs:
             run.wait()
