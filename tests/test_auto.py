@@ -188,7 +188,7 @@ def test_only_fit_knows_it(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) 
 # Several processes
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_killed_go_on_together_and_finish_with_another_number(
     tmp_path: Path,
     root: Path,
@@ -267,9 +267,8 @@ def test_processes_that_lightning_starts_are_told_of_the_decision(tmp_path: Path
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
 
 
-@pytest.mark.parametrize(
-    "identifier", [pytest.param("digits", marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("identifier", ["digits", None])
 def test_torchrun_goes_on_by_itself(tmp_path: Path, root: Path, identifier: str | None) -> None:
     """A process killed at two random moments, restarted by torchrun; in the end nothing is different."""
     settings = [*small(root), *QUICK, "--trainer.max_epochs=60", "--trainer.devices=2", "--trainer.strategy=ddp"]
