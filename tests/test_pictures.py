@@ -496,7 +496,7 @@ def test_a_progress_bar_from_100_pictures_on(
 DIGITS = 300
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_nearly_all_pasted_digits_are_read_right(run_cli: RunCLI, mnist_root: str, tmp_path: Path) -> None:
     assert run_cli("fit", f"--data.root={mnist_root}", "--test_after_fit=false", data=False) == 0
     mlp, _ = _network("best", "lightning_logs")
