@@ -1,5 +1,6 @@
 """The progress bar on a console."""
 
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,6 +9,14 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 class EpochsFromOne(RichProgressBar):
     """Lightning's progress bar, with epochs counted from one, as the console's lines count them."""
+
+    _drawn = 0.0
+
+    def refresh(self, hard: bool = False) -> None:
+        """Draw, at most twice a second: to draw takes 10 ms, in which the network does not train."""
+        if hard or time.monotonic() - self._drawn > 0.5:
+            self._drawn = time.monotonic()
+            super().refresh(hard)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning's description is `Epoch 0/9`, or `Epoch 0/-2`."""

@@ -48,6 +48,7 @@ from whole import beside, seconds_an_epoch, whole
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
 from mnist_lightning.digits import idx
+from mnist_lightning.engine.progress import EpochsFromOne
 
 Split = tuple[Tensor, Tensor]
 Contestants = dict[str, tuple[Callable[..., float], dict[str, Any]]]
@@ -217,7 +218,7 @@ def fit(
     with tempfile.TemporaryDirectory() as directory:
         best = pl.callbacks.ModelCheckpoint(monitor="val/acc", mode="max", filename="best")
         last = pl.callbacks.ModelCheckpoint(filename="last")
-        bar = [pl.callbacks.RichProgressBar()] if progress_bar else []
+        bar = [EpochsFromOne()] if progress_bar else []
         trainer(
             accelerator="cpu",
             max_epochs=turns.epochs,
@@ -419,7 +420,7 @@ def progress_bar(options: argparse.Namespace) -> None:
             drawn.extend(os.read(screen, 65_536))
 
     threading.Thread(target=read, daemon=True).start()
-    bars = {"without a progress bar": False, "with Lightning's `RichProgressBar`": True}
+    bars = {"without a progress bar": False, "with a progress bar": True}
     settings = {"terminal": os.ttyname(terminal)}
     seconds, _ = in_turns({row: (in_terminal, settings | {"progress_bar": bar}) for row, bar in bars.items()}, options)
     base = next(iter(seconds.values()))
