@@ -170,7 +170,8 @@ def test_pixels_and_constant_add_up_to_the_logits(page: "Page", root: Path, mlp:
     shares = [*torch.eye(10).tolist(), [0, 0, 1, 0, 0, 0, -1, 0, 0, 0]]
     for image in prepare("synthetic", root).test[0][:3].float() / 255:
         logits = torch.tensor(page.evaluate("logits", image.tolist()), dtype=torch.float64)
-        found = [page.evaluate("([pixels, shares]) => reasons(pixels, shares)", [image.tolist(), s]) for s in shares]
+        plain = "([pixels, shares]) => (({ points, constant }) => ({ points: [...points], constant }))"
+        found = [page.evaluate(f"{plain}(reasons(pixels, shares))", [image.tolist(), s]) for s in shares]
         points = torch.tensor([row["points"] for row in found], dtype=torch.float64)
         constants = torch.tensor([row["constant"] for row in found], dtype=torch.float64)
         sums = torch.tensor(shares, dtype=torch.float64) @ logits
