@@ -48,13 +48,13 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def _parsers_are_made_once() -> Iterator[None]:
     """To make one takes as long as to train on the small data. It depends on the command and the classes alone."""
     made: dict[Any, dict[str, Any]] = {}
-    make = CLI.setup_parser
+    make, results = CLI.setup_parser, ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
 
     def setup_parser(self: CLI, *args: Any) -> None:
         key = (*sys.argv[1:2], type(self), self.network_class, self.datamodule_class, self.callbacks)
         if key not in made:
             make(self, *args)
-            made[key] = {name: value for name, value in vars(self).items() if "parser" in name or "_arguments" in name}
+            made[key] = {name: getattr(self, name) for name in results}
         vars(self).update(made[key])
 
     with pytest.MonkeyPatch.context() as patch:
@@ -140,14 +140,14 @@ def _blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         leave_figures_blank(monkeypatch.setattr)
 
 
-def leave_figures_blank(setattr: Callable[..., None]) -> None:
+def leave_figures_blank(replace: Callable[..., None]) -> None:
     """To draw them takes longer than to train on the small data; tests that look at them are marked `figures`."""
 
     def save(_: Figure, path: str, **__: Any) -> None:
         Image.new("RGB", (1, 1)).save(path, "PNG")
 
-    setattr(Figure, "savefig", save)
-    setattr(RunLogger, "log_graph", lambda *_: None)
+    replace(Figure, "savefig", save)
+    replace(RunLogger, "log_graph", lambda *_: None)
     for module, name in (
         (plots, "digit_grid"),
         (plots, "confusion_matrix"),
@@ -155,7 +155,7 @@ def leave_figures_blank(setattr: Callable[..., None]) -> None:
         (inside_plots, "layers"),
         (inside_plots, "weights"),
     ):
-        setattr(module, name, lambda *_: Figure())
+        replace(module, name, lambda *_: Figure())
 
 
 @pytest.fixture(autouse=True)
