@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
@@ -156,6 +157,12 @@ def leave_figures_blank(replace: Callable[..., None]) -> None:
         (inside_plots, "weights"),
     ):
         replace(module, name, lambda *_: Figure())
+
+
+@pytest.fixture(autouse=True)
+def _event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number the event files of one second so that their names sort, as those of processes that take longer do."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 @pytest.fixture(autouse=True)

@@ -214,13 +214,12 @@ def test_two_processes_killed_go_on_together_and_finish_with_another_number(
     assert_the_same(newest_run(whole), newest_run(killed))
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.slow
 def test_it_goes_on_with_another_number_of_processes(
     tmp_path: Path,
     root: Path,
     start: Start,
     start_all: StartAll,  # noqa: F811
-    after: int,
 ) -> None:
     settings = [*small(root), "--trainer.precision=64-true", "--ckpt_path=auto", "--test_after_fit=false"]
     one, several = tmp_path / "one", tmp_path / "several"
@@ -230,7 +229,7 @@ def test_it_goes_on_with_another_number_of_processes(
     ended(processes)
     checkpoint = torch.load(newest_run(several) / "checkpoints/last.ckpt", weights_only=True)
     settings.append(f"--trainer.max_epochs={checkpoint['epoch'] + 2}")
-    assert ended(start_all(several, settings, after)) == [0] * after, output(several)
+    assert ended(start_all(several, settings, 3)) == [0] * 3, output(several)
     assert "goes on from" in output(several)
     assert ended([start(one, settings, "output_0.txt")]) == [0], output(one)
     assert difference(newest_run(one), newest_run(several)) < 1e-10

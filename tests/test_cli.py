@@ -179,6 +179,7 @@ def test_help_offers_the_engines_setting(run_cli: RunCLI, capsys: pytest.Capture
     assert "(type: bool, default: True) --trainer.accelerator" in out
 
 
+@pytest.mark.slow
 def test_one_minibatch_is_not_all_of_them_whatever_was_imported_before(tmp_path: Path) -> None:
     # `typing` may take another module's `Optional[Union[float, int]]` for Lightning's: 1 would be read as 1.0.
     code = "import sys, mnist_lightning.digits.synthetic; from mnist_lightning.__main__ import main; sys.exit(main())"

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 from conftest import RunCLI, Start, assert_the_same, everything, newest_run, small
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from mnist_lightning.classifier import MNISTClassifier
@@ -30,12 +29,6 @@ from mnist_lightning.engine.step import QuietStep
 from mnist_lightning.engine.tensorboard import RunLogger
 
 Act = Callable[[Trainer], None]
-
-
-@pytest.fixture(autouse=True)
-def _event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Number the event files of one second so that their names sort, as those of processes that take longer do."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 RUNS = {
@@ -74,6 +67,14 @@ RUNS = {
 }
 
 
+QUICK = ["mid_epoch", "validation_in_mid_epoch", "distortions", "dropout", "average_of_epochs"]
+
+
+def slow_but(quick: list[str], names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, marked `slow` but for some."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+
+
 def settings_of(name: str, epochs: int) -> list[str]:
     settings = [setting.replace("EPOCHS", str(epochs)) for setting in RUNS[name]]
     return [f"--trainer.max_epochs={epochs}", "--model.hidden_dim=50", *settings]
@@ -85,7 +86,7 @@ def settings_of(name: str, epochs: int) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "epochs", "deaths"),
     [
-        pytest.param("mid_epoch", 40, 1, id="quick"),
+        pytest.param("mid_epoch", 40, 1, marks=pytest.mark.slow, id="once"),
         *(pytest.param(name, 300, 12, marks=pytest.mark.soak, id=name) for name in RUNS),
     ],
 )
@@ -236,7 +237,7 @@ def iteration_of(run: Path, name: str = "last") -> int:
     return iteration
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but(QUICK, RUNS))
 def test_a_run_stopped_again_and_again_goes_on_exactly(run_cli: RunCLI, tmp_path: Path, name: str) -> None:
     settings = [*settings_of(name, 4), "--test_after_fit=false"]
     assert run_cli("fit", *settings) == 0
@@ -252,6 +253,7 @@ def test_a_run_stopped_again_and_again_goes_on_exactly(run_cli: RunCLI, tmp_path
     assert_the_same(tmp_path / "lightning_logs/version_0", run)
 
 
+@pytest.mark.slow
 def test_all_iterations_of_two_epochs_can_be_the_one_that_a_run_is_stopped_in(run_cli: RunCLI, tmp_path: Path) -> None:
     settings = ["--trainer.max_epochs=3", "--model.hidden_dim=20", "--test_after_fit=false", "--model.dropout=0.2"]
     settings += ["--trainer.log_every_n_steps=4", "--trainer.val_check_interval=8"]
@@ -317,7 +319,9 @@ def test_a_second_signal_stops_at_once_within_a_quiet_iteration(
     assert_the_same(tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1")
 
 
-@pytest.mark.parametrize("name", ["default", "mid_epoch", "validation_in_mid_epoch", "dropout"])
+@pytest.mark.parametrize(
+    "name", slow_but(["validation_in_mid_epoch"], ["default", "mid_epoch", "validation_in_mid_epoch", "dropout"])
+)
 def test_a_run_that_max_steps_ended_in_mid_epoch_goes_on_exactly(run_cli: RunCLI, tmp_path: Path, name: str) -> None:
     settings = [*settings_of(name, 4), "--test_after_fit=false"]
     assert run_cli("fit", *settings) == 0

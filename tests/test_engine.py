@@ -207,10 +207,10 @@ REFUSED += [UsesSGD, UsesOwnAdamW, UsesAMSGrad, UsesSlowAdamW, TwoGroups, OnlyTh
 
 @pytest.mark.parametrize("module", REFUSED, ids=lambda module: module.__name__)
 def test_fast_step_is_refused(module: Any, digits: Callable[..., MNISTDataModule], tmp_path: Path) -> None:
-    run = compare(tmp_path, module, digits, max_epochs=4)
-    assert run.quiet > 20
+    run = compare(tmp_path, module, digits, max_epochs=2)
+    assert run.quiet > 10
     by_trial = module in (UsesAMSGrad, UsesSlowAdamW)
-    assert run.fused <= (4 if by_trial else 0)
+    assert run.fused <= (2 if by_trial else 0)
 
 
 def test_fast_step_that_is_wrong_is_dropped(digits: Callable[..., MNISTDataModule], tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_fast_step_where_forward_was_replaced(
 ) -> None:
     forward = MLP.forward
     monkeypatch.setattr(MLP, "forward", lambda self, images: forward(self, images).clamp(-1, 1))
-    run = compare(tmp_path, classifier, digits, max_epochs=4)
+    run = compare(tmp_path, classifier, digits, max_epochs=2)
     assert run.fused == 0
 
 
@@ -235,7 +235,7 @@ def test_fast_step_where_the_instance_was_changed(digits: Callable[..., MNISTDat
         changed.forward = lambda images: forward(images).clamp(-1, 1)  # type: ignore[method-assign]
         return changed
 
-    assert compare(tmp_path, module, digits, max_epochs=4).fused == 0
+    assert compare(tmp_path, module, digits, max_epochs=2).fused == 0
 
 
 def test_fast_step_under_hooks_on_all_modules(digits: Callable[..., MNISTDataModule], tmp_path: Path) -> None:

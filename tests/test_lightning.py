@@ -730,6 +730,7 @@ def test_another_network_is_measured_saved_and_loaded(make: Make, data: MNISTDat
     assert tested == pytest.approx({"test/loss": loss, "test/acc": accuracy}, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_to_the_same_weights(make: Make, data: MNISTDataModule) -> None:
     torch._dynamo.reset()
     model, plain = network(), network()

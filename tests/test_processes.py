@@ -164,7 +164,7 @@ def difference(run: Path, other: Path) -> float:
     return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
 
 
-@pytest.mark.parametrize(("world_size", "log_every"), [(2, 1), (2, 4), (3, 4)])
+@pytest.mark.parametrize(("world_size", "log_every"), [(2, 1), pytest.param(3, 4, marks=pytest.mark.slow)])
 def test_a_run_on_several_processes_is_the_run_on_one(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll, world_size: int, log_every: int
 ) -> None:
@@ -226,6 +226,7 @@ def test_minibatches_smaller_than_the_number_of_processes_count_once(
     assert output(tmp_path) == alone
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_processes_and_resuming_with_as_many_is_exact(
     tmp_path: Path, root: Path, start_all: StartAll
 ) -> None:
@@ -246,7 +247,9 @@ def test_dropout_differs_between_processes_and_resuming_with_as_many_is_exact(
     assert_the_same(newest_run(whole), newest_run(killed))
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("before", "after"), [*(pytest.param(*numbers, marks=pytest.mark.slow) for numbers in ((1, 2), (2, 1))), (2, 3)]
+)
 def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll, before: int, after: int
 ) -> None:
@@ -265,7 +268,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert difference(newest_run(one), newest_run(several)) < 1e-10
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_any_process_stops_all_among_quiet_iterations(
     tmp_path: Path, root: Path, start_all: StartAll, signalled: int
 ) -> None:
@@ -284,7 +287,7 @@ def test_a_signal_to_any_process_stops_all_among_quiet_iterations(
     assert_the_same(newest_run(whole), newest_run(stopped))
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_dies_takes_the_run_down(tmp_path: Path, root: Path, start_all: StartAll, killed: int) -> None:
     runs = start_all(tmp_path, [*small(root), "--trainer.max_epochs=10000"], 2)
     wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")

@@ -332,6 +332,7 @@ def test_demo_does_not_open_a_browser_in_the_terminal(
     assert ("No browser with windows was found here" in capsys.readouterr().out) is not opens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["data"], ["fit", "--help"]], ids=["data", "help"])
 def test_the_reader_of_the_output_may_leave(root: Path, tmp_path: Path, arguments: list[str]) -> None:
     small = [] if "--help" in arguments else ["--data.dataset=synthetic", f"--data.root={root}"]
