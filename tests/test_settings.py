@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -330,6 +331,17 @@ def test_demo_does_not_open_a_browser_in_the_terminal(
     assert run_cli("demo", data=False) == 0
     assert opened == [Path("demo.html").resolve().as_uri()] * opens
     assert ("No browser with windows was found here" in capsys.readouterr().out) is not opens
+
+
+def test_a_second_run_in_one_process_adds_no_filter(run_cli: RunCLI) -> None:
+    def added() -> tuple[int, Any]:
+        handlers = logging.getLogger("lightning.pytorch").handlers
+        return sum(len(handler.filters) for handler in handlers), threading.excepthook
+
+    run_cli("fit", "--print_config")
+    before = added()
+    run_cli("fit", "--print_config")
+    assert added() == before
 
 
 @pytest.mark.slow

@@ -41,9 +41,7 @@ def run(cli: Callable[[], CLI]) -> int:
     _silence_what_no_user_can_act_on()
     processes.end_with_launcher()
     if not debugs():
-        # TensorBoard's: on a full disk its writer fails in a thread, and then again where it is called.
-        default = threading.excepthook
-        threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else default(error)
+        threading.excepthook = _report_from_thread
     try:
         cli()
         return 0
@@ -66,10 +64,20 @@ def run(cli: Callable[[], CLI]) -> int:
         raise
 
 
+def _report_from_thread(error: threading.ExceptHookArgs) -> None:
+    # TensorBoard's: on a full disk its writer fails in a thread, and then again where it is called.
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
+
+
+def _is_said(record: logging.LogRecord) -> bool:
+    return not SILENT.search(record.getMessage())
+
+
 def _silence_what_no_user_can_act_on() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
-            handler.addFilter(lambda record: not SILENT.search(record.getMessage()))
+            handler.addFilter(_is_said)  # a second run of a notebook adds nothing
     for message in (
         r".*`torch.jit.trace",  # TensorBoard's graph, inside PyTorch
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
