@@ -36,7 +36,7 @@ def data(arguments: list[str]) -> None:
     root = Path(config.data.root)
     raw = files.get(config.data.dataset, root)
     name = files.full_name(files.describe(config.data.dataset, root, raw)["dataset"])
-    (images, labels), test = idx.read(raw, "train"), idx.read(raw, "t10k")
+    (images, labels), test = idx.load(raw, "train"), idx.load(raw, "t10k")
     train, val = (images[VAL_SIZE:], labels[VAL_SIZE:]), (images[:VAL_SIZE], labels[:VAL_SIZE])
     say(f"Dataset: {name}")
     for split, (images, labels) in {"Training": train, "Validation": val, "Test": test}.items():
@@ -81,14 +81,14 @@ def read(arguments: list[str]) -> None:
         print(printable(f"Left out: {left_out}"), file=sys.stderr)
     console = Console(stderr=True)
     hidden = len(paths) < reading.MANY or not console.is_terminal
-    found = track(reading.read_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)
+    found = track(reading.preprocess_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)
     seen = {}
     for file, result in zip(paths, found, strict=True):
         if isinstance(result, pictures.PictureError):
             print(printable(f"Skipped: {file} {result}"), file=sys.stderr)
         else:
             seen[file] = result
-    probabilities, rows = reading.read(mlp, seen)
+    probabilities, rows = reading.classify(mlp, seen)
     say(reading.table(rows))
     if len(rows) > reading.LISTED:
         say(printable(f"and {len(rows) - reading.LISTED:,} more in {config.csv}"))
@@ -130,7 +130,7 @@ def export_network(arguments: list[str]) -> None:
     parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors")
     config = parser.parse_args(arguments)
     mlp, trained_on = _network(config.ckpt_path, config.runs)
-    images, _ = idx.read(files.get(config.data.dataset, Path(config.data.root)), "t10k")
+    images, _ = idx.load(files.get(config.data.dataset, Path(config.data.root)), "t10k")
     pixels = images[:COMPARED].float() / 255
     path, difference = export(mlp, config.format, config.output, pixels, trained_on)
     say(f"Network: {path}, {path.stat().st_size / 1e6:.1f} MB, trained on {trained_on}")
@@ -185,7 +185,7 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
 
     try:
         path = checkpoint_file.find(ckpt_path, Path(runs))
-        checkpoint = checkpoint_file.read(path, classifier)
+        checkpoint = checkpoint_file.load_checkpoint(path, classifier)
     except checkpoint_file.CheckpointError as error:
         raise UsageError(f"ckpt_path: {error}") from error
     network = classifier(**checkpoint["hyper_parameters"])

@@ -79,12 +79,12 @@ class MNISTDataModule(DeviceDataModule):
         """Read and split the files. Pixels are uint8 and stay on disk until a minibatch takes them."""
         # All processes use what the first one found, or one machine might train on MNIST and another on the stand-in.
         raw = self.trainer.strategy.broadcast(self.raw) if self.trainer else self.raw
-        images, labels = idx.read(raw, "train")
+        images, labels = idx.load(raw, "train")
         if self.val_size >= len(labels):
             raise ValueError(f"val_size must be 1 to {len(labels) - 1:,} of the training file, not {self.val_size}")
         self.train = images[self.val_size :], labels[self.val_size :]
         self.val = images[: self.val_size], labels[: self.val_size]
-        self.test = idx.read(raw, "t10k")
+        self.test = idx.load(raw, "t10k")
         # Say in checkpoints what `auto` meant, and how much was distorted.
         distortions = asdict(self.distortions) if self.distortions else False
         self.save_hyperparameters({**files.describe(self.dataset, self.root, raw), "distortions": distortions})

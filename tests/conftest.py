@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,11 @@ def _event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def slow_but(quick: list[str], names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, marked `slow` but for some."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
 def newest_run(directory: Path) -> Path:

@@ -235,6 +235,7 @@ def test_it_goes_on_with_another_number_of_processes(
     assert difference(newest_run(one), newest_run(several)) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_process_that_waits_for_another_one(tmp_path: Path, root: Path, start: Start) -> None:
     settings = [*small(root), "--ckpt_path=auto", "--trainer.devices=2", "--trainer.strategy=ddp"]
     process = start(tmp_path, settings, environment=torchrun(0, 2, port := free_port()))

@@ -27,7 +27,7 @@ from mnist_lightning.engine.guard import ExactResumption
 
 
 def read(path: Path) -> dict[str, Any]:
-    return checkpoint_file.read(path, MNISTClassifier)
+    return checkpoint_file.load_checkpoint(path, MNISTClassifier)
 
 
 class MakesAFile:
@@ -135,13 +135,13 @@ class Masked(Foreign):
 def test_a_module_without_hyperparameters_and_with_an_infinite_buffer_is_read(tmp_path: Path) -> None:
     fit(Trainer, tmp_path / "run", Masked, loader, list, {"max_epochs": 1})
     path = tmp_path / "run/end.ckpt"
-    checkpoint = checkpoint_file.read(path, Masked)
+    checkpoint = checkpoint_file.load_checkpoint(path, Masked)
     assert checkpoint["hyper_parameters"] == {}
     assert checkpoint["state_dict"]["mask"].isinf().any()
     checkpoint["state_dict"]["net.0.bias"][1] = math.inf
     torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match="expected weights that are finite numbers"):
-        checkpoint_file.read(path, Masked)
+        checkpoint_file.load_checkpoint(path, Masked)
 
 
 @pytest.fixture(scope="module")

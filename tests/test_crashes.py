@@ -8,7 +8,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import RunCLI, Start, assert_the_same, everything, newest_run, small
+from conftest import RunCLI, Start, assert_the_same, everything, newest_run, slow_but, small
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -67,12 +67,7 @@ RUNS = {
 }
 
 
-QUICK = ["mid_epoch", "validation_in_mid_epoch", "distortions", "dropout", "average_of_epochs"]
-
-
-def slow_but(quick: list[str], names: Iterable[str]) -> list[Any]:
-    """Parameters of a test, marked `slow` but for some."""
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+QUICK = ["mid_epoch", "validation_in_mid_epoch", "distortions"]
 
 
 def settings_of(name: str, epochs: int) -> list[str]:

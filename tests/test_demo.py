@@ -235,7 +235,7 @@ def test_reads_what_is_drawn(page: "Page", mlp: MLP, tmp_path: Path, digit: int)
 
     # The same drawing as a file, dark on light, goes the way of strangers' pictures.
     Image.fromarray((255 * (1 - ink_of(page))).round().astype(np.uint8)).save(tmp_path / "drawn.png")
-    pixels = pictures.read(tmp_path / "drawn.png")
+    pixels = pictures.preprocess(tmp_path / "drawn.png")
     assert pixels is not None
     shown = page.evaluate("Array.from(picture.getContext('2d').getImageData(0, 0, 28, 28).data)")[::4]
     np.testing.assert_allclose(np.array(shown) / 255, pixels, rtol=0, atol=0.01)

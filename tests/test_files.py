@@ -349,7 +349,7 @@ def test_images_are_the_file_itself_and_writing_to_them_does_not_change_it(root:
     raw = root / "synthetic/raw"
     path = raw / "train-images-idx3-ubyte"
     content = path.read_bytes()
-    images, labels = idx.read(raw, "train")
+    images, labels = idx.load(raw, "train")
     assert (images.dtype, images.shape) == (torch.uint8, (SMALL["train"], 784))
     assert (labels.dtype, labels.shape) == (torch.uint8, (SMALL["train"],))
     assert images.numpy().tobytes() == content[16:]
@@ -358,7 +358,7 @@ def test_images_are_the_file_itself_and_writing_to_them_does_not_change_it(root:
     assert not mapped.exists() or str(path) in mapped.read_text()
     images.fill_(7)
     assert path.read_bytes() == content
-    assert idx.read(raw, "train")[0].max() == 255
+    assert idx.load(raw, "train")[0].max() == 255
 
 
 @pytest.mark.parametrize("damage", ["magic", "count", "rows", "short", "long", "empty"])
@@ -376,4 +376,4 @@ def test_a_header_that_does_not_fit_its_file_is_refused(root: Path, tmp_path: Pa
     }
     path.write_bytes(changed[damage])
     with pytest.raises(DataError, match="t10k-images-idx3-ubyte is damaged"):
-        idx.read(tmp_path, "t10k")
+        idx.load(tmp_path, "t10k")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mnist_lightning.commands import _network
 from mnist_lightning.digits import pictures, reading
-from mnist_lightning.digits.pictures import PictureError, find_ink, normalise, read
-from mnist_lightning.digits.reading import find, read_all
+from mnist_lightning.digits.pictures import PictureError, find_ink, normalise, preprocess
+from mnist_lightning.digits.reading import find, preprocess_all
 from mnist_lightning.model import MLP
 
 Array = npt.NDArray[Any]
@@ -83,7 +83,7 @@ def test_formats(digits: Array, tmp_path: Path, suffix: str) -> None:
     for digit in digits:
         ink = enlarge(digit, 140)
         path = save(tmp_path / f"digit.{suffix}", Image.fromarray(on_paper(ink)))
-        assert likeness(read(path), normalise(ink)) > 0.97
+        assert likeness(preprocess(path), normalise(ink)) > 0.97
 
 
 @pytest.mark.parametrize(("paper", "pen"), [(255, 0), (0, 255), (230, 150), (60, 110)])
@@ -129,7 +129,7 @@ def test_modes(digits: Array, tmp_path: Path, mode: str) -> None:
     for digit in digits:
         ink = enlarge(digit, 140)
         suffix = "tiff" if mode in ("CMYK", "floats") else "png"
-        assert likeness(read(save(tmp_path / f"digit.{suffix}", MODES[mode](ink))), normalise(ink)) > 0.9
+        assert likeness(preprocess(save(tmp_path / f"digit.{suffix}", MODES[mode](ink))), normalise(ink)) > 0.9
 
 
 def test_what_the_camera_turned(digits: Array, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_what_the_camera_turned(digits: Array, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise
     turned = Image.fromarray(np.rot90(on_paper(ink)))
-    assert likeness(read(save(tmp_path / "digit.jpg", turned, exif=exif)), normalise(ink)) > 0.97
+    assert likeness(preprocess(save(tmp_path / "digit.jpg", turned, exif=exif)), normalise(ink)) > 0.97
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "avif"])
@@ -147,10 +147,10 @@ def test_metadata_other_than_the_orientation_do_not_matter(digits: Array, tmp_pa
     entry = struct.pack("<HHI4s", 0x0112, 3, 1, struct.pack("<HH", 6, 0))
     odd = struct.pack("<HHII", 0x9286, 2, 0xFFFFFF, 0xFFFFFFF0) + struct.pack("<HHI4s", 0x011A, 77, 9, b"????")
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 3) + entry + odd + bytes(4)
-    assert likeness(read(save(tmp_path / f"turned.{kind}", turned, exif=exif)), normalise(ink)) > 0.97
+    assert likeness(preprocess(save(tmp_path / f"turned.{kind}", turned, exif=exif)), normalise(ink)) > 0.97
     for name, foreign in {"cut": exif[:20], "other": b"Exif\0\0not EXIF at all"}.items():
         if kind != "avif":  # whose writer looks at it
-            assert likeness(read(save(tmp_path / f"{name}.{kind}", upright, exif=foreign)), normalise(ink)) > 0.97
+            assert likeness(preprocess(save(tmp_path / f"{name}.{kind}", upright, exif=foreign)), normalise(ink)) > 0.97
 
 
 @pytest.mark.parametrize("margin", [0, 1, 5])
@@ -217,8 +217,8 @@ def test_blank_pictures(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     shade = np.linspace(250, 150, 400)[:, None] + np.zeros(300)
     for picture in (np.full((400, 300), 255), shade, shade + random.normal(0, 8, shade.shape), np.zeros((1, 1))):
-        assert read(save(tmp_path / "blank.png", Image.fromarray(picture.clip(0, 255).astype(np.uint8)))) is None
-    assert read(save(tmp_path / "clear.png", Image.new("RGBA", (50, 50), (0, 0, 0, 0)))) is None
+        assert preprocess(save(tmp_path / "blank.png", Image.fromarray(picture.clip(0, 255).astype(np.uint8)))) is None
+    assert preprocess(save(tmp_path / "clear.png", Image.new("RGBA", (50, 50), (0, 0, 0, 0)))) is None
 
 
 def test_normalise() -> None:
@@ -259,16 +259,16 @@ def test_what_is_no_picture(tmp_path: Path, digits: Array) -> None:
         "bomb.png": "more than 89,478,485 pixels",
     }.items():
         with pytest.raises(PictureError, match=says):
-            read(tmp_path / name)
+            preprocess(tmp_path / name)
 
 
 def test_a_picture_just_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = save(tmp_path / "large.png", Image.new("L", (20, 20)))
     monkeypatch.setattr(pictures, "MAX_PIXELS", 400)
-    assert read(path) is None
+    assert preprocess(path) is None
     monkeypatch.setattr(pictures, "MAX_PIXELS", 399)
     with pytest.raises(PictureError, match="399"):
-        read(path)
+        preprocess(path)
 
 
 def test_a_large_photo_is_read_at_a_smaller_size(
@@ -276,11 +276,11 @@ def test_a_large_photo_is_read_at_a_smaller_size(
 ) -> None:
     ink = enlarge(digits[0], 4000)
     monkeypatch.setattr(pictures, "MAX_PIXELS", 2_000_000)
-    assert likeness(read(save(tmp_path / "photo.jpg", Image.fromarray(on_paper(ink)))), normalise(ink)) > 0.97
+    assert likeness(preprocess(save(tmp_path / "photo.jpg", Image.fromarray(on_paper(ink)))), normalise(ink)) > 0.97
     # To decode a progressive one takes memory for all of its pixels.
     progressive = save(tmp_path / "progressive.jpg", Image.fromarray(on_paper(ink)), progressive=True)
     with pytest.raises(PictureError, match="more than 2,000,000 pixels"):
-        read(progressive)
+        preprocess(progressive)
 
 
 def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +350,7 @@ def test_read_reads_pictures(
     assert [row["file"] for row in rows] == ["mine/0.png", "mine/1.png", "mine/2.png", "mine/blank.png"]
     assert list(rows[-1].values())[1:] == ["blank", "", "", "", ""]
     mlp, _ = _network(str(tmp_path / best_path), "")
-    seen = torch.tensor(stack([read(tmp_path / row["file"]) for row in rows[:3]]))
+    seen = torch.tensor(stack([preprocess(tmp_path / row["file"]) for row in rows[:3]]))
     (best, runner_up), (digit, second) = (pair.T for pair in mlp(seen.float()).softmax(1).topk(2))
     for index, row in enumerate(rows[:3]):
         assert (row["digit"], row["runner_up"]) == (str(int(digit[index])), str(int(second[index])))
@@ -513,7 +513,7 @@ def test_nearly_all_pasted_digits_are_read_right(run_cli: RunCLI, mnist_root: st
         paste(image.reshape(28, 28).numpy(), random).save(
             tmp_path / f"{index:04}.jpg", quality=int(random.integers(50, 96))
         )
-    seen = list(read_all(sorted(tmp_path.glob("*.jpg"))))
+    seen = list(preprocess_all(sorted(tmp_path.glob("*.jpg"))))
     pasted = right(torch.tensor(stack(seen)).float())
     print(f"{pasted[clean].float().mean():.2%} of {clean.sum():,} are read right")
     assert pasted[clean].float().mean() >= 0.96
@@ -522,8 +522,8 @@ def test_nearly_all_pasted_digits_are_read_right(run_cli: RunCLI, mnist_root: st
 def test_the_figure_says_why(tmp_path: Path, digits: Array) -> None:
     mlp = MLP(20, init_std=0.1).eval().requires_grad_(False)
     save(tmp_path / "0.png", as_picture(digits[0]))
-    seen = {tmp_path / "0.png": read(tmp_path / "0.png")}
-    probabilities, _ = reading.read(mlp, seen)
+    seen = {tmp_path / "0.png": preprocess(tmp_path / "0.png")}
+    probabilities, _ = reading.classify(mlp, seen)
     reading.draw(str(tmp_path / "figure.png"), seen, probabilities, mlp)
     with Image.open(tmp_path / "figure.png") as figure:
         red, _, blue = np.asarray(figure, dtype=int)[reading.HEADING + reading.TILE + 60 :].transpose(2, 0, 1)

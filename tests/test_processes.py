@@ -213,6 +213,7 @@ def test_in_float32_the_first_iterations_are_those_of_one_process(
     assert difference(newest_run(one), newest_run(several)) < 1e-5
 
 
+@pytest.mark.slow
 def test_minibatches_smaller_than_the_number_of_processes_count_once(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll
 ) -> None:
@@ -316,6 +317,7 @@ def test_one_process_makes_the_data_for_all(tmp_path: Path, start_all: StartAll)
     assert output(tmp_path, 1) == ""
 
 
+@pytest.mark.slow
 def test_damaged_data_is_named_once(tmp_path: Path, fake_mnist: Path, start_all: StartAll) -> None:
     path = fake_mnist / "MNIST/raw/train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
@@ -406,7 +408,7 @@ def second_is_watched(rank: int) -> Any:
     return Foreign(), loader(4), [Watches()] if rank == 1 else []
 
 
-@pytest.mark.parametrize("make", [first_is_watched, second_is_watched])
+@pytest.mark.parametrize("make", [pytest.param(first_is_watched, marks=pytest.mark.slow), second_is_watched])
 def test_one_process_alone_may_have_a_callback_that_watches(tmp_path: Path, fit_all: FitAll, make: Any) -> None:
     theirs = fit_all(tmp_path / "theirs", pl.Trainer, make, max_epochs=2)
     ours = fit_all(tmp_path / "ours", Trainer, make, max_epochs=2)

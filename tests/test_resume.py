@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import VAL_SIZE
+from conftest import VAL_SIZE, slow_but
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_loop import Foreign, Run, classifier, differences, every, fit, loader
@@ -218,7 +218,10 @@ CASES: dict[str, tuple[Any, Any, Settings, Settings]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ["plain", "random transform", "max_steps, fused", "validates within", "accumulates", "ChannelsLast", "OneCycle"]
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_goes_on(case: str, digits: Callable[..., MNISTDataModule], tmp_path: Path) -> None:
     module, data, settings, again = CASES[case]
     goes_on_from_each(tmp_path, module, data or digits, settings, again)

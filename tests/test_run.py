@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import SMALL, VAL_SIZE, RunCLI, assert_the_same, everything, prepare
+from conftest import SMALL, VAL_SIZE, RunCLI, assert_the_same, everything, prepare, slow_but
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
@@ -345,6 +345,7 @@ def test_resuming_in_mid_epoch_goes_on_with_the_next_minibatch(run_cli: RunCLI, 
         assert_same_training(whole, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [[], ["--data.distortions=true", "--model.dropout=0.2"]])
 def test_a_run_that_max_steps_ended_in_mid_epoch_goes_on_exactly(
     run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: list[str]
@@ -500,7 +501,7 @@ def test_a_users_checkpoints_are_not_taken_for_the_best(run_cli: RunCLI, tmp_pat
 
 
 @pytest.mark.figures
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", slow_but(["bf16-mixed"], ["64-true", "bf16-mixed", "bf16-true"]))
 def test_precisions_run_with_everything_on(run_cli: RunCLI, tmp_path: Path, precision: str) -> None:
     assert run_cli("fit", "--trainer.max_epochs=2", f"--trainer.precision={precision}") == 0
     assert events(tmp_path / "lightning_logs/version_0").Tags()["graph"]
@@ -645,7 +646,7 @@ def plain_loop(
     clip: float = 0, accumulate: int = 1,
 ) -> tuple[MLP, AdamW]:  # fmt: skip
     """The recipe of a run, without this project's engine: the order, the noise, the loss and the steps."""
-    images, labels = idx.read(root / "synthetic/raw", "train")
+    images, labels = idx.load(root / "synthetic/raw", "train")
     images, labels = images[VAL_SIZE:], labels[VAL_SIZE:]
     torch.manual_seed(5)
     mlp = MLP(20)

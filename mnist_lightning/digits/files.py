@@ -99,7 +99,7 @@ def _get_files(root: Path) -> Path:
         )
     idx.unpack(raw)
     for file in ("train", "t10k"):
-        idx.read(raw, file)
+        idx.load(raw, file)
     return raw
 
 
@@ -161,7 +161,7 @@ def _refuse_own(raw: Path) -> None:
         pair = [name for name in MNIST_MD5 if name.startswith(file)]
         if not any(_is_mnist(raw, name) for name in pair):
             try:
-                images, _ = idx.read(raw, file)
+                images, _ = idx.load(raw, file)
             except (DataError, OSError):
                 continue
             raise DataError(

@@ -67,7 +67,7 @@ def alone(directory: Path) -> Iterator[None]:
 
 
 def unpack(raw: Path) -> None:
-    """Unpack what is there only gzipped, beside it, once; in a folder that cannot be written, say that `read` does it.
+    """Unpack what is there only gzipped, beside it, once; in a folder that cannot be written, say that `load` does it.
 
     Raises:
         DataError: A gzipped file is damaged.
@@ -79,7 +79,7 @@ def unpack(raw: Path) -> None:
                 _unpack_beside(path)
 
 
-def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+def load(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
     """Read images, (N, 784) uint8, and labels, (N,) uint8, 0 to 9, of the training or the test file.
 
     Both are the files themselves, mapped into memory and shared with other processes. Write to a copy of them.
@@ -102,7 +102,7 @@ def read(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
 
 def fingerprint(raw: Path) -> str:
     """What tells data sets apart: the numbers of images and a checksum (CRC-32) of the labels."""
-    train, test = read(raw, "train")[1].numpy(), read(raw, "t10k")[1].numpy()
+    train, test = load(raw, "train")[1].numpy(), load(raw, "t10k")[1].numpy()
     checksum = zlib.crc32(test.data, zlib.crc32(train.data))
     return f"{len(train):,} and {len(test):,} images, labels {checksum:08x}"
 

@@ -49,7 +49,7 @@ class PictureError(ValueError):
     """A file that is no picture, or one of too many pixels; the message says which, without the file's name."""
 
 
-def read(path: Path) -> Array | None:
+def preprocess(path: Path) -> Array | None:
     """Read a picture and make it what the network was trained on.
 
     Returns:

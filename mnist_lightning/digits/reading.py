@@ -81,24 +81,24 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts))
 
 
-def read_all(paths: Sequence[Path]) -> Iterator[Array | PictureError | None]:
-    """What `pictures.read` returns or raises for each file; they are read on all CPU cores."""
+def preprocess_all(paths: Sequence[Path]) -> Iterator[Array | PictureError | None]:
+    """What `pictures.preprocess` returns or raises for each file; they are read on all CPU cores."""
     # SLURM and containers may allow but some of the machine's.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # In threads, since Pillow and OpenCV work without Python's lock.
     with ThreadPoolExecutor(cores) as pool:
-        yield from pool.map(_read_or_say, paths)
+        yield from pool.map(_preprocess_or_say, paths)
 
 
-def _read_or_say(path: Path) -> Array | PictureError | None:
+def _preprocess_or_say(path: Path) -> Array | PictureError | None:
     try:
-        return pictures.read(path)
+        return pictures.preprocess(path)
     except PictureError as error:
         return error
 
 
-def read(mlp: MLP, seen: Mapping[Path, Array | None]) -> tuple[Tensor, list[list[Any]]]:
-    """Read N digits, (784,) in [0, 1] each, or None for a blank picture.
+def classify(mlp: MLP, seen: Mapping[Path, Array | None]) -> tuple[Tensor, list[list[Any]]]:
+    """Classify N digits, (784,) in [0, 1] each, or None for a blank picture.
 
     Returns:
         Probabilities, (N, 10), and rows with the columns of `HEADER`; a blank picture's are the file, `blank`, and "".

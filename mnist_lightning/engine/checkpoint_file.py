@@ -20,7 +20,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or must not be loaded; the message names it and says why."""
 
 
-def read(path: Path, network: Callable[..., nn.Module]) -> dict[str, Any]:
+def load_checkpoint(path: Path, network: Callable[..., nn.Module]) -> dict[str, Any]:
     """Load a checkpoint without running anything that it holds.
 
     Args:
@@ -34,7 +34,7 @@ def read(path: Path, network: Callable[..., nn.Module]) -> dict[str, Any]:
     Raises:
         CheckpointError: It holds something else, is damaged, or is not of this program or this network.
     """
-    checkpoint = _load(path)
+    checkpoint = _load_plain(path)
     found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if not isinstance(checkpoint, dict) or any(part not in checkpoint for part in PARTS):
         raise CheckpointError(f"{path} is not of this program: expected {', '.join(PARTS)}, found {found}")
@@ -91,7 +91,7 @@ def find(name: str, runs: Path) -> Path:
     return path
 
 
-def _load(path: Path) -> Any:
+def _load_plain(path: Path) -> Any:
     try:
         # PyTorch writes the zip format's CRC-32 sums but does not look at them; `testzip` does.
         with zipfile.ZipFile(path) as archive:

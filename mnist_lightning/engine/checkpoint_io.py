@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from .checkpoint_file import CheckpointError, read, write_whole
+from .checkpoint_file import CheckpointError, load_checkpoint, write_whole
 from .run import rank
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Lets the Trainer replace checkpoints in one step and load them by `read`, whatever its caller asks for.
+    """Lets the Trainer replace checkpoints in one step and load them safely, whatever its caller asks for.
 
     Args:
         module_class: The class of the network whose checkpoints are loaded.
@@ -50,19 +50,19 @@ class CheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Load a checkpoint by `read`, tensors and plain values only, to the CPU.
+        """Load a checkpoint by `load_checkpoint`, tensors and plain values only, to the CPU.
 
         Of several processes, the first one reads for all: the others may be on machines that do not have the file.
 
         Raises:
-            CheckpointError: As in `read`, in all processes.
+            CheckpointError: As in `load_checkpoint`, in all processes.
         """
         if not torch.distributed.is_initialized():
-            return read(Path(path), self.module_class)
+            return load_checkpoint(Path(path), self.module_class)
         found: list[Any] = [None]
         if rank() == 0:
             try:
-                found = [read(Path(path), self.module_class)]
+                found = [load_checkpoint(Path(path), self.module_class)]
             except CheckpointError as error:
                 found = [error]
         torch.distributed.broadcast_object_list(found)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from . import auto, processes
-from .checkpoint_file import CheckpointError, find, read
+from .checkpoint_file import CheckpointError, find, load_checkpoint
 from .checkpoint_io import CheckpointIO
 from .checkpoints import BestAndLast, FiniteLosses
 from .config import SaveConfig, runs_directory
@@ -112,7 +112,7 @@ class CLI(LightningCLI):
         fits = command == "fit"
         try:
             path = find(self.config[command].ckpt_path, self._runs)
-            checkpoint = read(path, self.network_class)
+            checkpoint = load_checkpoint(path, self.network_class)
             if fits:
                 refuse_manual_optimization(checkpoint)
         except (CheckpointError, MisconfigurationException) as error:

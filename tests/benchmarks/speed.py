@@ -300,9 +300,9 @@ def scikit_learn(turns: Turns, data: MNISTDataModule) -> float:
     return float(model.score(test_x, test_y))
 
 
-def read_tiled(read: Callable[..., Split], tiles: int, raw: Path, file: str) -> Split:
+def load_tiled(load: Callable[..., Split], tiles: int, raw: Path, file: str) -> Split:
     """Read a file with its training images several times over."""
-    images, labels = read(raw, file)
+    images, labels = load(raw, file)
     if file == "train":
         images = torch.cat([images[:5_000], images[5_000:].repeat(tiles, 1)])
         labels = torch.cat([labels[:5_000], labels[5_000:].repeat(tiles)])
@@ -318,7 +318,7 @@ def contest(
         logging.getLogger(name).setLevel(logging.ERROR)
     settings = dict(settings)
     if "tiles" in settings:
-        idx.read = partial(read_tiled, idx.read, settings.pop("tiles"))
+        idx.load = partial(load_tiled, idx.load, settings.pop("tiles"))
     data = MNISTDataModule(options.dataset, options.root, settings.pop("batch_size", 100))
     data.prepare_data()
     data.setup("fit")
