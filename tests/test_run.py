@@ -738,7 +738,7 @@ def test_what_the_configs_evaluate(run_cli: RunCLI, monkeypatch: pytest.MonkeyPa
     sizes = {"train": 60_000, "t10k": 10_000}
     monkeypatch.setattr(files, "get", lambda dataset, root: root / "MNIST/raw")
     blank = {file: (torch.zeros(size, 784, dtype=torch.uint8), torch.arange(size) % 10) for file, size in sizes.items()}
-    monkeypatch.setattr(idx, "read", lambda raw, file: blank[file])
+    monkeypatch.setattr(idx, "load", lambda raw, file: blank[file])
     counts = {"validation_step": 0, "test_step": 0}
 
     def counting(name: str, step: Any) -> Any:
