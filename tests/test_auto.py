@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunCLI, Start, assert_the_same, newest_run, small
-from test_processes import StartAll, difference, ended, free_port, output, poll, start_all, torchrun, wait_for  # noqa: F401 (a fixture)
+from conftest import RunCLI, Start, assert_the_same, newest_run, poll, small, wait_for
+from test_processes import StartAll, difference, ended, free_port, output, start_all, torchrun  # noqa: F401 (a fixture)
 
 from mnist_lightning.engine import auto
 from mnist_lightning.engine.guard import hold

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def five_steps(trained: Path, run_cli: RunCLI) -> Path:
     if not trained.exists():
         assert run_cli("fit", "--trainer.max_steps=5", "--model.hidden_dim=7", "--test_after_fit=false") == 0
         Path("lightning_logs/version_0/checkpoints/last.ckpt").rename(trained)
+        shutil.rmtree("lightning_logs")
     return trained
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import RunCLI, Start, assert_the_same, everything, newest_run, slow_but, small
+from conftest import RunCLI, Start, assert_the_same, everything, newest_run, slow_but, small, wait_for
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -100,8 +100,10 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
         resume = ["--ckpt_path=last"] if list(killed.glob("lightning_logs/*/checkpoints/last.ckpt")) else []
         process = start(killed, [*settings, *resume])
         if len(died) < deaths:
+            if deaths == 1:  # once it has something to resume
+                wait_for(killed, "lightning_logs/*/checkpoints/last.ckpt")
             # Uniform over the start, where nothing is saved yet, and over training.
-            process.join(random_.uniform(0.3, 3))
+            process.join(random_.uniform(0, 0.3) if deaths == 1 else random_.uniform(0.3, 3))
             signum = random_.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signum)
@@ -113,6 +115,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
         assert "Traceback" not in output
         died.append(process.exitcode)
     assert died, "it was done before it could be killed"
+    assert resume
     print(f"{name}: killed {died.count(-signal.SIGKILL)} times, stopped {len(died) - died.count(-signal.SIGKILL)}")
     assert_the_same(newest_run(whole), newest_run(killed))
 
@@ -122,8 +125,7 @@ def test_a_signal_ends_training_with_the_command_that_resumes_it(
     tmp_path: Path, root: Path, start: Start, signum: signal.Signals
 ) -> None:
     process = start(tmp_path, [*small(root), "--trainer.max_epochs=10000"])
-    while process.is_alive() and not list(tmp_path.glob("lightning_logs/*/checkpoints/best.ckpt")):
-        time.sleep(0.05)
+    wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")
     assert process.pid
     os.kill(process.pid, signum)
     process.join()
@@ -153,8 +155,7 @@ def test_the_reader_of_the_console_may_die_first(tmp_path: Path, root: Path, sta
 
 def test_two_processes_do_not_resume_one_run(tmp_path: Path, root: Path, start: Start) -> None:
     first = start(tmp_path, [*small(root), "--trainer.max_epochs=10000"])
-    while first.is_alive() and not list(tmp_path.glob("lightning_logs/*/checkpoints/best.ckpt")):
-        time.sleep(0.05)
+    wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")
     run = tmp_path / "lightning_logs/version_0"
     config = (run / "config.yaml").read_text()
     files = sorted(path.name for path in run.iterdir())
@@ -177,8 +178,7 @@ class Slow(pl.Callback):
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start) -> None:
     process = start(tmp_path, [*small(root), "--trainer.callbacks=test_crashes.Slow"])
-    while process.is_alive() and not list(tmp_path.glob("lightning_logs/*/checkpoints/last.ckpt")):
-        time.sleep(0.05)
+    wait_for(tmp_path, "lightning_logs/*/checkpoints/last.ckpt")
     time.sleep(1)
     assert process.pid
     started = time.monotonic()

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import Start, assert_the_same, fork, newest_run, small
+from conftest import Start, assert_the_same, fork, newest_run, poll, small, wait_for
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from test_loop import Foreign, Watches, differences, loader
@@ -30,7 +30,6 @@ from mnist_lightning.engine.data import DeviceDataModule, DeviceLoader
 from mnist_lightning.engine.main import end_among_others
 
 StartAll = Callable[..., list[BaseProcess]]
-Found = TypeVar("Found")
 
 # 2 and 3 divide a minibatch of 198, but not the last ones: of 1,049 training digits 59 are left, of 201 for validation
 # 3, of 230 for testing 32.
@@ -131,19 +130,6 @@ def ended(processes: list[BaseProcess], seconds: float = 60) -> list[int | None]
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
     return [process.exitcode for process in processes]
-
-
-def poll(look: Callable[[], Found | None], what: str) -> Found:
-    """What `look` finds, once it finds something."""
-    deadline = time.monotonic() + 120
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"there is no {what}"
-        time.sleep(0.01)
-    return found
-
-
-def wait_for(directory: Path, pattern: str) -> None:
-    poll(lambda: list(directory.glob(pattern)), pattern)
 
 
 def output(directory: Path, rank: int = 0) -> str:

@@ -11,6 +11,7 @@ import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,11 +19,14 @@ import pytest
 import torch
 import yaml
 from conftest import RunCLI, assert_the_same, everything
+from lightning.pytorch.callbacks import RichProgressBar
 from PIL import Image
 from rich.progress import Progress
 from test_run import events, steps
 
 from mnist_lightning.__main__ import main
+from mnist_lightning.engine import progress
+from mnist_lightning.engine.progress import EpochBar
 from mnist_lightning.engine.training import SILENT
 
 ROOT = Path(__file__).parent.parent
@@ -370,16 +374,38 @@ def test_the_progress_bar_counts_epochs_as_the_lines_do(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     seen: list[str] = []
-    update = Progress.update
+    refresh = Progress.refresh
 
-    def note(self: Progress, task_id: Any, **fields: Any) -> None:
-        seen.append(str(fields.get("description", "")))
-        update(self, task_id, **fields)
+    def note(self: Progress) -> None:
+        seen.extend(task.description.strip() for task in self.tasks)
+        refresh(self)
 
-    monkeypatch.setattr(Progress, "update", note)
+    monkeypatch.setattr(Progress, "refresh", note)
     assert run_cli("fit", f"--trainer.max_epochs={limit}", "--trainer.max_steps=15", *SHORT) == 0
     assert described.rstrip() in seen
     assert f"Epoch 2{described.strip()[7:]}" in seen
+
+
+def test_the_progress_bar_is_seldom_drawn_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, drawn = [0.0], list[float]()
+    trainer = SimpleNamespace(training=True)
+    monkeypatch.setattr(RichProgressBar, "refresh", lambda *_: drawn.append(now[0]))
+    monkeypatch.setattr(EpochBar, "trainer", trainer)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bar = EpochBar()
+    for now[0] in (10, 10.2, 10.4, 10.6, 10.8, 11, 11.2):
+        bar.refresh()
+    assert drawn == [10, 10.6, 11.2]
+    bar.refresh(hard=True)
+    trainer.training = False
+    bar.refresh()
+    assert drawn == [10, 10.6, 11.2, 11.2, 11.2]
+
+
+def test_the_progress_bar_shows_what_the_module_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, Any] = {"v_num": 3, "train/loss": 0.5}
+    monkeypatch.setattr(RichProgressBar, "get_metrics", lambda *_: logged)
+    assert EpochBar().get_metrics(pl.Trainer(), pl.LightningModule()) == {"train/loss": 0.5}
 
 
 def test_what_users_ask_to_be_told_is_told(

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Start, assert_the_same, newest_run, small
+from conftest import Start, assert_the_same, newest_run, poll, small
 from test_files import gzipped, serve  # noqa: F401 (fixtures)
-from test_processes import StartAll, difference, ended, free_port, poll, start_all  # noqa: F401 (a fixture)
+from test_processes import StartAll, difference, ended, free_port, start_all  # noqa: F401 (a fixture)
 from test_readme import PACKAGE, blocks
 from torchvision.datasets import MNIST
 

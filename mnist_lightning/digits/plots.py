@@ -35,11 +35,12 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
         heading: Title of the whole figure.
     """
     images, lines = images[:9], 1 + max([0, *(title.count("\n") for title in titles)])
-    above, heading_height = 2 + 3 * lines, 0.24 * (1 + heading.count("\n")) + 0.1  # of a title, in pixels; in inches
+    above = 2 + 3 * lines  # pixels of an image's title
+    heading_height = 0.24 * (1 + heading.count("\n")) + 0.1  # inches
     height = heading_height + 5 * (SIDE + above) / (SIDE + 2)
     figure = Figure(figsize=(5, height))
     figure.suptitle(heading, y=1 - 0.1 / height, va="top", fontsize=13 - lines)
-    # One picture of all: an axes for each digit would take half of the time of a run's figures.
+    # One picture of all: nine axes took half of the time that a run's figures take.
     axes = figure.add_axes((0, 0, 1, 1 - heading_height / height))
     axes.axis("off")
     if len(images):
@@ -58,7 +59,7 @@ def tiles(images: Tensor, columns: int, margins: tuple[int, int, int, int], blan
     """Put images side by side, row by row.
 
     Args:
-        images: (N, 784), or (N, 784, C) of C colours.
+        images: (N, 784) or (N, 28, 28), or (N, 784, C) of C colours.
         columns: Images of a row; the last one may have fewer.
         margins: Pixels left of, right of, above and below each image.
         blank: The value of margins, and of what the last row lacks.

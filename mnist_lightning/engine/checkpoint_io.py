@@ -50,12 +50,12 @@ class CheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Load a checkpoint by `load_checkpoint`, tensors and plain values only, to the CPU.
+        """Load a checkpoint by `checkpoint_file.load_checkpoint`: tensors and plain values only, to the CPU.
 
         Of several processes, the first one reads for all: the others may be on machines that do not have the file.
 
         Raises:
-            CheckpointError: As in `load_checkpoint`, in all processes.
+            CheckpointError: As there, in all processes.
         """
         if not torch.distributed.is_initialized():
             return load_checkpoint(Path(path), self.module_class)

@@ -23,7 +23,7 @@ from .guard import ExactResumption, refuse_manual_optimization
 from .loop import Trainer
 from .main import TRAINER_COMMANDS
 from .parser import Parser, UsageError, check_values, keep_limits_whole, shorter
-from .progress import EpochsFromOne
+from .progress import EpochBar
 from .report import Report
 from .run import RUNS
 from .tensorboard import RunLogger, discard, say_where
@@ -176,7 +176,7 @@ class CLI(LightningCLI):
         callbacks += [kind() for kind in self.callbacks]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
-                callbacks.append(EpochsFromOne(theme=RichProgressBarTheme(metrics_format=".2f")))
+                callbacks.append(EpochBar(theme=RichProgressBarTheme(metrics_format=".2f")))
             else:
                 kwargs["enable_progress_bar"] = False
         self._best_and_last = None

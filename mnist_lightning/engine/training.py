@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -41,7 +42,7 @@ def run(cli: Callable[[], CLI]) -> int:
     _silence_what_no_user_can_act_on()
     processes.end_with_launcher()
     if not debugs():
-        threading.excepthook = _report_from_thread
+        _quiet_threads_of_tensorboard()
     try:
         cli()
         return 0
@@ -64,10 +65,11 @@ def run(cli: Callable[[], CLI]) -> int:
         raise
 
 
-def _report_from_thread(error: threading.ExceptHookArgs) -> None:
-    # TensorBoard's: on a full disk its writer fails in a thread, and then again where it is called.
-    if not issubclass(error.exc_type, OSError):
-        threading.__excepthook__(error)
+@cache  # a second run in a notebook would only add to it
+def _quiet_threads_of_tensorboard() -> None:
+    # On a full disk its writer fails in a thread, and then again where it is called.
+    default = threading.excepthook
+    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else default(error)
 
 
 def _is_said(record: logging.LogRecord) -> bool:
@@ -77,7 +79,7 @@ def _is_said(record: logging.LogRecord) -> bool:
 def _silence_what_no_user_can_act_on() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_is_said)  # a second run of a notebook adds nothing
+            handler.addFilter(_is_said)  # the same function is added once
     for message in (
         r".*`torch.jit.trace",  # TensorBoard's graph, inside PyTorch
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning

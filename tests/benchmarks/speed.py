@@ -48,7 +48,7 @@ from whole import beside, seconds_an_epoch, whole
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
 from mnist_lightning.digits import idx
-from mnist_lightning.engine.progress import EpochsFromOne
+from mnist_lightning.engine.progress import EpochBar
 
 Split = tuple[Tensor, Tensor]
 Contestants = dict[str, tuple[Callable[..., float], dict[str, Any]]]
@@ -218,7 +218,7 @@ def fit(
     with tempfile.TemporaryDirectory() as directory:
         best = pl.callbacks.ModelCheckpoint(monitor="val/acc", mode="max", filename="best")
         last = pl.callbacks.ModelCheckpoint(filename="last")
-        bar = [EpochsFromOne()] if progress_bar else []
+        bar = [EpochBar()] if progress_bar else []
         trainer(
             accelerator="cpu",
             max_epochs=turns.epochs,
