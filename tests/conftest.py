@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,8 +38,16 @@ Found = TypeVar("Found")
 
 # Processes that have the libraries imported already, this file's too: a run starts in a second, not in seven.
 fork = multiprocessing.get_context("forkserver")
-preloaded = ["mnist_lightning.cli", "torch.utils.tensorboard", "tensorboard.backend.event_processing.event_accumulator"]
-fork.set_forkserver_preload([*preloaded, "matplotlib.figure", "pytest", "torchvision.datasets"])
+fork.set_forkserver_preload(
+    [
+        "mnist_lightning.cli",
+        "torch.utils.tensorboard",
+        "tensorboard.backend.event_processing.event_accumulator",
+        "matplotlib.figure",
+        "pytest",
+        "torchvision.datasets",
+    ]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -175,10 +183,9 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def slow_but(quick: list[str], names: Collection[str]) -> list[Any]:
-    """Parameters of a test, marked `slow` but for some."""
-    assert {*quick} <= {*names}
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+def slow(*values: Any) -> Any:
+    """Values of a test's parameters, for a slow test."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def newest_run(directory: Path) -> Path:

@@ -215,11 +215,13 @@ def test_two_processes_killed_go_on_together_and_finish_with_another_number(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 3])
 def test_it_goes_on_with_another_number_of_processes(
     tmp_path: Path,
     root: Path,
     start: Start,
     start_all: StartAll,  # noqa: F811
+    after: int,
 ) -> None:
     settings = [*small(root), "--trainer.precision=64-true", "--ckpt_path=auto", "--test_after_fit=false"]
     one, several = tmp_path / "one", tmp_path / "several"
@@ -229,7 +231,7 @@ def test_it_goes_on_with_another_number_of_processes(
     ended(processes)
     checkpoint = torch.load(newest_run(several) / "checkpoints/last.ckpt", weights_only=True)
     settings.append(f"--trainer.max_epochs={checkpoint['epoch'] + 2}")
-    assert ended(start_all(several, settings, 3)) == [0] * 3, output(several)
+    assert ended(start_all(several, settings, after)) == [0] * after, output(several)
     assert "goes on from" in output(several)
     assert ended([start(one, settings, "output_0.txt")]) == [0], output(one)
     assert difference(newest_run(one), newest_run(several)) < 1e-10

@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import RunCLI, Start, assert_the_same, everything, newest_run, slow_but, small, wait_for
+from conftest import RunCLI, Start, assert_the_same, everything, newest_run, slow, small, wait_for
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -102,8 +102,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
         if len(died) < deaths:
             if deaths == 1:  # once it has something to resume
                 wait_for(killed, "lightning_logs/*/checkpoints/last.ckpt")
-            # Uniform over the start, where nothing is saved yet, and over training.
-            process.join(random_.uniform(0, 0.3) if deaths == 1 else random_.uniform(0.3, 3))
+                process.join(random_.uniform(0, 0.3))
+            else:  # uniform over the start, where nothing is saved yet, and over training
+                process.join(random_.uniform(0.3, 3))
             signum = random_.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signum)
@@ -232,7 +233,7 @@ def iteration_of(run: Path, name: str = "last") -> int:
     return iteration
 
 
-@pytest.mark.parametrize("name", slow_but(QUICK, RUNS))
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in RUNS])
 def test_a_run_stopped_again_and_again_goes_on_exactly(run_cli: RunCLI, tmp_path: Path, name: str) -> None:
     settings = [*settings_of(name, 4), "--test_after_fit=false"]
     assert run_cli("fit", *settings) == 0
@@ -314,9 +315,7 @@ def test_a_second_signal_stops_at_once_within_a_quiet_iteration(
     assert_the_same(tmp_path / "lightning_logs/version_0", tmp_path / "lightning_logs/version_1")
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(["validation_in_mid_epoch"], ["default", "mid_epoch", "validation_in_mid_epoch", "dropout"])
-)
+@pytest.mark.parametrize("name", ["validation_in_mid_epoch", *map(slow, ["default", "mid_epoch", "dropout"])])
 def test_a_run_that_max_steps_ended_in_mid_epoch_goes_on_exactly(run_cli: RunCLI, tmp_path: Path, name: str) -> None:
     settings = [*settings_of(name, 4), "--test_after_fit=false"]
     assert run_cli("fit", *settings) == 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from conftest import slow
 from nbclient import NotebookClient
 
 TRAINS = """
@@ -52,9 +53,7 @@ def test_a_kernel_trains_and_shows(root: Path, tmp_path: Path) -> None:
     assert "Traceback" not in text(command)
 
 
-@pytest.mark.parametrize(
-    "backend", ["module://nowhere.backend_inline", pytest.param("inlined", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["module://nowhere.backend_inline", slow("inlined")])
 def test_a_backend_that_is_not_here_does_not_matter(tmp_path: Path, root: Path, backend: str) -> None:
     command = [sys.executable, "-m", "mnist_lightning", "data", "--data.dataset=synthetic", f"--data.root={root}"]
     done = subprocess.run(

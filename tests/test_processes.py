@@ -18,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import Start, assert_the_same, fork, newest_run, poll, small, wait_for
+from conftest import Start, assert_the_same, fork, newest_run, poll, slow, small, wait_for
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from test_loop import Foreign, Watches, differences, loader
@@ -150,7 +150,7 @@ def difference(run: Path, other: Path) -> float:
     return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
 
 
-@pytest.mark.parametrize(("world_size", "log_every"), [(2, 1), pytest.param(3, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world_size", "log_every"), [(2, 1), slow(2, 4), slow(3, 4)])
 def test_a_run_on_several_processes_is_the_run_on_one(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll, world_size: int, log_every: int
 ) -> None:
@@ -234,9 +234,7 @@ def test_dropout_differs_between_processes_and_resuming_with_as_many_is_exact(
     assert_the_same(newest_run(whole), newest_run(killed))
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [*(pytest.param(*numbers, marks=pytest.mark.slow) for numbers in ((1, 2), (2, 1))), (2, 3)]
-)
+@pytest.mark.parametrize(("before", "after"), [slow(1, 2), slow(2, 1), (2, 3)])
 def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll, before: int, after: int
 ) -> None:
@@ -255,7 +253,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert difference(newest_run(one), newest_run(several)) < 1e-10
 
 
-@pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("signalled", [slow(0), 1])
 def test_a_signal_to_any_process_stops_all_among_quiet_iterations(
     tmp_path: Path, root: Path, start_all: StartAll, signalled: int
 ) -> None:
@@ -274,7 +272,7 @@ def test_a_signal_to_any_process_stops_all_among_quiet_iterations(
     assert_the_same(newest_run(whole), newest_run(stopped))
 
 
-@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("killed", [0, slow(1)])
 def test_a_process_that_dies_takes_the_run_down(tmp_path: Path, root: Path, start_all: StartAll, killed: int) -> None:
     runs = start_all(tmp_path, [*small(root), "--trainer.max_epochs=10000"], 2)
     wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")
@@ -394,7 +392,7 @@ def second_is_watched(rank: int) -> Any:
     return Foreign(), loader(4), [Watches()] if rank == 1 else []
 
 
-@pytest.mark.parametrize("make", [pytest.param(first_is_watched, marks=pytest.mark.slow), second_is_watched])
+@pytest.mark.parametrize("make", [slow(first_is_watched), second_is_watched])
 def test_one_process_alone_may_have_a_callback_that_watches(tmp_path: Path, fit_all: FitAll, make: Any) -> None:
     theirs = fit_all(tmp_path / "theirs", pl.Trainer, make, max_epochs=2)
     ours = fit_all(tmp_path / "ours", Trainer, make, max_epochs=2)

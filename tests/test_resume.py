@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import VAL_SIZE, slow_but
+from conftest import VAL_SIZE, slow
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_loop import Foreign, Run, classifier, differences, every, fit, loader
@@ -221,7 +221,7 @@ CASES: dict[str, tuple[Any, Any, Settings, Settings]] = {
 QUICK = ["plain", "random transform", "max_steps, fused", "validates within", "accumulates", "ChannelsLast", "OneCycle"]
 
 
-@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+@pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in CASES])
 def test_goes_on(case: str, digits: Callable[..., MNISTDataModule], tmp_path: Path) -> None:
     module, data, settings, again = CASES[case]
     goes_on_from_each(tmp_path, module, data or digits, settings, again)

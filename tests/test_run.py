@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import SMALL, VAL_SIZE, RunCLI, assert_the_same, everything, prepare, slow_but
+from conftest import SMALL, VAL_SIZE, RunCLI, assert_the_same, everything, prepare, slow
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
@@ -501,7 +501,7 @@ def test_a_users_checkpoints_are_not_taken_for_the_best(run_cli: RunCLI, tmp_pat
 
 
 @pytest.mark.figures
-@pytest.mark.parametrize("precision", slow_but(["bf16-mixed"], ["64-true", "bf16-mixed", "bf16-true"]))
+@pytest.mark.parametrize("precision", ["bf16-mixed", slow("64-true"), slow("bf16-true")])
 def test_precisions_run_with_everything_on(run_cli: RunCLI, tmp_path: Path, precision: str) -> None:
     assert run_cli("fit", "--trainer.max_epochs=2", f"--trainer.precision={precision}") == 0
     assert events(tmp_path / "lightning_logs/version_0").Tags()["graph"]

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-# Idle threads of OpenMP spin, by default for so long that beside another busy process an epoch takes 10 times as long.
-# Not to spin at all (`PASSIVE`) costs a third of the speed on a quiet machine. The engine's README has measurements.
+# Idle threads of OpenMP spin, by default for so long that beside another busy process an epoch takes 4 times as long.
+# Not to spin at all (`PASSIVE`) costs up to a third of the speed on a quiet machine. The engine's README has a table.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
