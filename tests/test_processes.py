@@ -253,7 +253,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert difference(newest_run(one), newest_run(several)) < 1e-10
 
 
-@pytest.mark.parametrize("signalled", [slow(0), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [0, 1])
 def test_a_signal_to_any_process_stops_all_among_quiet_iterations(
     tmp_path: Path, root: Path, start_all: StartAll, signalled: int
 ) -> None:
