@@ -17,6 +17,6 @@ layers = [
 ]
 network = keras.Sequential(layers)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-network.compile(keras.optimizers.Adam(0.001), loss, ["accuracy"], steps_per_execution=50)
+network.compile(keras.optimizers.Adam(0.001), loss, metrics=["accuracy"], steps_per_execution=50)
 network.fit(images[5000:], labels[5000:], batch_size=100, epochs=epochs, verbose=0)
 print(network.evaluate(*test, verbose=0)[1])
