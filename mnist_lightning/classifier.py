@@ -16,13 +16,13 @@ from torchmetrics import MeanMetric
 from mnist_lightning.fused import FusedStep, can_fuse
 from mnist_lightning.model import MLP, PIXELS
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor]  # images, (B, 784), and labels, (B,)
 
 
 class MNISTClassifier(pl.LightningModule):
     """An `MLP` trained with the mean softmax cross-entropy and AdamW (betas 0.9 and 0.999, eps 1e-8).
 
-    By default AdamW is Adam, the tutorial's: without weight decay they are the same. It logs `train/loss` and
+    By default, without weight decay, AdamW is the tutorial's Adam. The module logs `train/loss` and
     `train/acc` of single minibatches, and `val/*` and `test/*` over the whole split. Losses are means in nats,
     accuracies lie in [0, 1].
 
@@ -31,12 +31,12 @@ class MNISTClassifier(pl.LightningModule):
         learning_rate: Adam's step size, above 0; its peak where a schedule changes it.
         learning_rate_schedule: `constant`, or `one_cycle`, which rises from a 25th of `learning_rate` to all of it in
             the first 30% of the iterations and falls to nearly 0 at the last one, along cosines (Smith and Topin 2017,
-            by PyTorch's `OneCycleLR`). It is made for `max_epochs` or `max_steps`, and is not resumed with others.
-        weight_decay: Before each iteration weights and biases shrink by the learning rate times this, 0 or above
+            by PyTorch's `OneCycleLR`). It spans `max_epochs` or `max_steps`, and a run is resumed with the same.
+        weight_decay: In each iteration, weights and biases first shrink by this times the learning rate; 0 or above
             (AdamW, Loshchilov and Hutter 2017).
-        dropout: In training, the probability that a hidden unit is left out, from 0 up to 1.
-        label_smoothing: Share of each label that is spread evenly over the ten digits in `train/loss`, from 0 up to 1.
-        init_std: Standard deviation of the initial weights before they are cut at two of it, above 0.
+        dropout: In training, the probability that a hidden unit is set to 0; at least 0, below 1.
+        label_smoothing: Share of each label spread evenly over the ten digits in `train/loss`; at least 0, below 1.
+        init_std: Standard deviation of the initial weights before truncation, above 0.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -65,14 +65,14 @@ class MNISTClassifier(pl.LightningModule):
         for name, value in {"dropout": dropout, "label_smoothing": label_smoothing}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be from 0 up to 1, not {value}")
-        self.save_hyperparameters()
+        self.save_hyperparameters()  # the arguments: to `self.hparams`, into each checkpoint, and to the logger
         self.learning_rate = learning_rate
         self.learning_rate_schedule = learning_rate_schedule
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
         self.mlp = MLP(hidden_dim, init_std, dropout)
         self.example_input_array = torch.zeros(1, PIXELS)  # for TensorBoard's graph
-        self.val_loss, self.val_acc, self.test_loss, self.test_acc = (MeanMetric() for _ in range(4))
+        self.val_loss, self.val_acc, self.test_loss, self.test_acc = (MeanMetric() for _ in range(4))  # submodules
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pixels, (B, 784) floats in [0, 1], to logits, (B, 10)."""
@@ -80,7 +80,7 @@ class MNISTClassifier(pl.LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss, (), of a minibatch: images (B, 784), labels (B,)."""
+        """Return the mean loss of a minibatch, a scalar; Lightning does the backward pass and the optimizer's step."""
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -89,19 +89,19 @@ class MNISTClassifier(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the means: `trainer.validate` leaves them in inference mode, in which a fit could not update them."""
+        """Needed only where `fit` follows `validate`, whose inference mode leaves metrics that `fit` cannot update."""
         for metric in (self.val_loss, self.val_acc):
             metric.reset()
-            # Else, in double precision, only the first epoch of a process would be added up in float32.
+            # The sums' type follows the network's; else a float64 run would add up its first epoch in float32.
             metric.set_dtype(torch.promote_types(next(self.parameters()).dtype, torch.float32))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a minibatch of the validation split."""
+        """Update the validation metrics with a minibatch."""
         self._measure(batch, self.val_loss, self.val_acc)
         self.log_dict({"val/loss": self.val_loss, "val/acc": self.val_acc})
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Measure a minibatch of the test split; return its logits, (B, 10)."""
+        """Update the test metrics with a minibatch; return its logits, (B, 10), for the callback `Figures`."""
         logits = self._measure(batch, self.test_loss, self.test_acc)
         self.log_dict({"test/loss": self.test_loss, "test/acc": self.test_acc})
         return logits
@@ -112,7 +112,7 @@ class MNISTClassifier(pl.LightningModule):
         return probabilities
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, whose one kernel updates all parameters, and the schedule of its rate, stepped in each iteration."""
+        """AdamW, with one kernel for all parameters, and a learning-rate schedule that steps in each iteration."""
         optimizer = AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
         if self.learning_rate_schedule == "constant":
             return optimizer
@@ -123,14 +123,14 @@ class MNISTClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def fast_step(self, optimizer: Optimizer, batch: Batch) -> FusedStep | None:
-        """The same step without autograd, for the engine's Trainer; without this method only the speed changes."""
+        """Not a Lightning hook: the same step without autograd, for the engine's Trainer; it changes only the speed."""
         if can_fuse(self.mlp, self.label_smoothing):
             return FusedStep(self.mlp, optimizer, len(batch[1]))
         return None
 
     def _measure(self, batch: Batch, loss: MeanMetric, accuracy: MeanMetric) -> Tensor:
-        # A MeanMetric counts each image equally, in a smaller last minibatch and over several processes, too; Lightning
-        # computes what is logged at the end of the epoch.
+        # A MeanMetric counts each image equally, in a smaller last minibatch and over several processes, too. Lightning
+        # computes and resets the metrics that are given to `log_dict` at the end of the epoch.
         images, labels = batch
         logits: Tensor = self(images)
         loss.update(F.cross_entropy(logits, labels, reduction="none"))

@@ -1,4 +1,4 @@
-"""`fit`, `validate`, `test` and `predict`: LightningCLI, which makes settings of the arguments of these classes."""
+"""`fit`, `validate`, `test` and `predict`: LightningCLI, which turns the arguments of these classes into options."""
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -11,10 +11,10 @@ from mnist_lightning.figures import Figures
 
 
 class MNISTCLI(CLI):
-    """The settings that only this project has."""
+    """The engine's `CLI`, a `LightningCLI`, with this project's own settings. To make one runs the command."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Shuffle by `seed_everything`, and add the settings of the figures."""
+        """Let `seed_everything` seed the shuffling, too, and add the settings of the figures."""
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_lightning_class_args(Figures, "figures")
         super().add_arguments_to_parser(parser)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 VAL_SIZE = 5000  # what `MNISTDataModule` holds out for validation by default
 
-# Test digits that an exported network has to read as PyTorch does.
+# Test digits on which an exported network is compared with PyTorch.
 COMPARED = 1000
 
 TEXT_BROWSERS = {"www-browser", "links", "elinks", "lynx", "w3m"}  # those that Python's `webbrowser` looks for
@@ -51,12 +51,12 @@ def data(arguments: list[str]) -> None:
 
 
 def read(arguments: list[str]) -> None:
-    """Read pictures of your own: print a table, write a CSV file, and draw the first ones.
+    """Classify your own pictures: print a table, write a CSV file, and draw the first ones.
 
     Raises:
-        PictureError: Some of the files are no pictures. All others have been read.
+        PictureError: Some of the files are not pictures. All others have been classified.
     """
-    parser = _parser("read", "Read pictures of your own, each of one digit.")
+    parser = _parser("read", "Classify your own pictures, each of one digit.")
     parser.add_argument("paths", nargs="*", type=str, help="Files, folders (all pictures in them) and globs")
     _add_checkpoint(parser)
     parser.add_argument("--csv", type=str, default="predictions.csv", help="CSV file to write")
@@ -115,11 +115,11 @@ def demo(arguments: list[str]) -> None:
     output.write_text(page(mlp, trained_on), encoding="utf-8")
     say(f"Page: {output}, {output.stat().st_size / 1e6:.1f} MB")
     if config.open and not _open(output):
-        say("No browser with windows was found here; open the file in one")
+        say("No graphical browser was found; open the file in one")
 
 
 def export_network(arguments: list[str]) -> None:
-    """Write a network for another runtime, and compare what it reads there."""
+    """Write a network for another runtime, load it there, and compare its logits."""
     parser = _parser("export", "Write a trained network for another runtime, load it there, and compare.")
     _add_data(parser)
     _add_checkpoint(parser)
@@ -138,7 +138,7 @@ def export_network(arguments: list[str]) -> None:
 
 
 def _open(page: Path) -> bool:
-    """Open a page in a browser, unless it is one that takes over the terminal, as over SSH, and runs no script."""
+    """Open a page in a browser, but not in a text browser, which takes over the terminal and runs no scripts."""
     import webbrowser
 
     name = ""
@@ -172,7 +172,7 @@ def _add_checkpoint(parser: Parser) -> None:
 
 
 def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
-    """The network of a checkpoint, in float32 and for reading only; in words what it was trained on."""
+    """A checkpoint's network, in float32 and without gradients; and what it was trained on, in words."""
     with fast_imports():
         from torch.nn import ModuleDict
 
@@ -180,6 +180,7 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
         from mnist_lightning.engine import checkpoint_file
         from mnist_lightning.model import MLP
 
+    # `MNISTClassifier.load_from_checkpoint` would do, but imports Lightning.
     def classifier(hidden_dim: int, **_: Any) -> ModuleDict:
         return ModuleDict({"mlp": MLP(hidden_dim)})
 

@@ -7,25 +7,25 @@ from mnist_lightning.digits import files, idx
 from mnist_lightning.distortions import Distortions
 from mnist_lightning.engine.data import DeviceDataModule, DeviceLoader
 
-EVAL_BATCH_SIZE = 1000  # changes no metric, and larger is faster
+EVAL_BATCH_SIZE = 1000  # the metrics do not depend on it, and larger is faster
 
 
 class MNISTDataModule(DeviceDataModule):
-    """MNIST, or digits made on this machine that stand in for it, split as in the tutorial.
+    """A `LightningDataModule` of MNIST, or of stand-in digits made on this machine, split as in the tutorial.
 
-    Validation is the first `val_size` images of the training file, in file order; the others are for training, and the
-    test file is the test split. A minibatch is a pair: images, (B, 784) float32 in [0, 1], and labels, (B,) int64.
+    Validation is the first `val_size` images of the training file, in file order, and training the rest; the test file
+    is the test split. A minibatch is a pair: images, (B, 784) float32 in [0, 1], and labels, (B,) int64.
 
     Args:
-        dataset: `mnist` downloads MNIST where it is not on disk. `synthetic` makes stand-in digits once. `auto` is
-            `mnist`, or `synthetic` with a warning where MNIST is neither on disk nor to be downloaded. `files` takes
-            files of MNIST's format and names that are your own, in `root` or in `MNIST/raw` below it.
+        dataset: `mnist` downloads MNIST if it is not on disk. `synthetic` makes the stand-in digits once. `auto` is
+            `mnist`, or `synthetic` with a warning if MNIST is neither on disk nor can be downloaded. `files` takes your
+            own files, in MNIST's format and under its names, from `root` or from `MNIST/raw` below it.
         root: Directory for the files, laid out as `torchvision.datasets.MNIST` does.
         batch_size: Training images in a minibatch, over all processes, at least 1.
         val_size: Images held out for validation, at least 1 and not all.
         seed: Seed of the shuffling, 0 or above. An epoch's order depends on it and on the epoch's number alone.
-        distortions: Distort each training image anew in each epoch: true, or how much by `rotation`, `scale`, `shear`,
-            `shift`, `elastic` and `smoothness`. Images that are validated, tested and predicted stay as they are.
+        distortions: `True` distorts each training image anew in each epoch; `rotation`, `scale`, `shear`, `shift`,
+            `elastic` and `smoothness` say how much. Validation and test images stay as they are.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -54,7 +54,7 @@ class MNISTDataModule(DeviceDataModule):
         self.batch_size = batch_size
         self.val_size = val_size
         self.seed = seed
-        if isinstance(distortions, dict):  # a checkpoint's, by `load_from_checkpoint`
+        if isinstance(distortions, dict):  # as `load_from_checkpoint` passes it
             distortions = Distortions(**distortions)
         self.distortions = Distortions() if distortions is True else distortions or None
         self._is_prepared = False
@@ -70,14 +70,14 @@ class MNISTDataModule(DeviceDataModule):
         return files.find(self.dataset, self.root)
 
     def prepare_data(self) -> None:
-        """Get and verify the files, once, though Lightning asks again for each of `fit` and `test`."""
+        """Download and verify the files. Lightning calls it in one process per machine, and `setup` in each."""
         if not self._is_prepared:
             files.get(self.dataset, self.root)
-        self._is_prepared = True
+        self._is_prepared = True  # Lightning calls it for `fit`, and again for the test
 
     def setup(self, stage: str) -> None:
-        """Read and split the files. Pixels are uint8 and stay on disk until a minibatch takes them."""
-        # All processes use what the first one found, or one machine might train on MNIST and another on the stand-in.
+        """Read and split the files. Pixels are uint8, and on a CPU stay on disk until a minibatch takes them."""
+        # All processes use what the first one found; else one machine might train on MNIST, another on the stand-in.
         raw = self.trainer.strategy.broadcast(self.raw) if self.trainer else self.raw
         images, labels = idx.load(raw, "train")
         if self.val_size >= len(labels):
@@ -85,20 +85,20 @@ class MNISTDataModule(DeviceDataModule):
         self.train = images[self.val_size :], labels[self.val_size :]
         self.val = images[: self.val_size], labels[: self.val_size]
         self.test = idx.load(raw, "t10k")
-        # Say in checkpoints what `auto` meant, and how much was distorted.
+        # Record in `self.hparams`, and so in checkpoints, which data `auto` took and how much is distorted.
         distortions = asdict(self.distortions) if self.distortions else False
         self.save_hyperparameters({**files.describe(self.dataset, self.root, raw), "distortions": distortions})
 
     def train_dataloader(self) -> DeviceLoader:
-        """Minibatches of the training split, freshly shuffled in each epoch."""
+        """The training split, reshuffled in each epoch: a faster `DataLoader(dataset, batch_size, shuffle=True)`."""
         return self.loader(*self.train, self.batch_size, shuffle_seed=self.seed, augmentation=self.distortions)
 
     def val_dataloader(self) -> DeviceLoader:
-        """Minibatches of the validation split, in file order."""
+        """The validation split in minibatches, in file order."""
         return self.loader(*self.val, EVAL_BATCH_SIZE)
 
     def test_dataloader(self) -> DeviceLoader:
-        """Minibatches of the test split, in file order."""
+        """The test split in minibatches, in file order."""
         return self.loader(*self.test, EVAL_BATCH_SIZE)
 
     predict_dataloader = test_dataloader

@@ -14,8 +14,8 @@ from mnist_lightning.model import SIDE
 class Distortions:
     """Affine and elastic distortions after Simard, Steinkraus and Platt (2003).
 
-    Every image has its own, where torchvision's transforms draw one for a whole batch. The Gaussian blur of torchvision
-    alone takes 10 s for the fields of 55,000 images on two CPU cores; all that is done here takes 1.0 s.
+    Each image gets a distortion of its own; torchvision's transforms apply one to a whole batch. Its Gaussian blur alone
+    takes 10 s for the fields of 55,000 images on two CPU cores; all that is done here takes 1.0 s.
 
     Args:
         rotation: Largest angle to either side, in degrees, 0 or above.
@@ -38,7 +38,7 @@ class Distortions:
     elastic: float = 20
     smoothness: float = 4
 
-    # Random numbers that an image takes: six for the affine map, two for each pixel. With a type it would be a setting.
+    # Random numbers that an image takes: six for the affine map, two for each pixel. A type would make it a setting.
     draws = 6 + 2 * SIDE**2
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Distortions:
         Returns:
             (B, 784) pixels in [0, 1]; what comes from outside of an image is 0.
         """
-        # Half precision would move pixels by much of their size.
+        # Half precision would misplace pixels by much of their size.
         dtype = torch.promote_types(images.dtype, torch.float32)
         with torch.autocast(images.device.type, enabled=False):
             affine, field = noise.to(dtype).split([6, 2 * SIDE**2], dim=1)
@@ -71,7 +71,7 @@ class Distortions:
             y = x[:, None]
             # On a CPU, `affine_grid`, a product of small matrices for each image, takes about as long as all else here.
             by_x, by_y, shift = self._affine(affine)[..., None, None].unbind(2)
-            source = (by_x * x + shift) + by_y * y  # the first sum is of rows
+            source = (by_x * x + shift) + by_y * y  # the bracket is only (B, 2, 1, 28)
             if self.elastic:
                 source += self._elastic(field.reshape(-1, 2, SIDE, SIDE))
             originals = images.to(dtype).view(-1, 1, SIDE, SIDE)
@@ -80,9 +80,9 @@ class Distortions:
 
     def _affine(self, noise: Tensor) -> Tensor:
         """(B, 2, 3) matrices from (B, 6) noise."""
-        turn, wider, higher, slant, right, down = noise.unbind(1)
+        turn, wider, taller, slant, right, down = noise.unbind(1)
         angle = turn * math.radians(self.rotation)
-        width, height, shear = 1 + self.scale * wider, 1 + self.scale * higher, self.shear * slant
+        width, height, shear = 1 + self.scale * wider, 1 + self.scale * taller, self.shear * slant
         shift = torch.stack([right, down], 1) * self.shift * 2 / SIDE
         cos, sin = angle.cos(), angle.sin()
         rows = [

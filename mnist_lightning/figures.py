@@ -17,12 +17,12 @@ from mnist_lightning.model import CLASSES
 
 
 class Figures(pl.Callback):
-    """Draws figures to TensorBoard and to `figures/*.png`.
+    """Draws figures to TensorBoard and to `figures/*.png`. Lightning calls the `on_...` hooks of a `Callback`.
 
     Args:
         misclassified: Which nine of the misclassified digits to show: the first of the test file (`file_order`), or
-            those that the network was surest of (`confidence`).
-        inside: Draw the network's layers and weights, and why it read digits wrong.
+            those that the network was most confident about (`confidence`).
+        inside: Draw the network's layers and weights, and why it misclassified digits.
         projector: Show 1,000 test digits in TensorBoard's projector, by the activations of the last hidden layer.
     """
 
@@ -47,22 +47,22 @@ class Figures(pl.Callback):
         save_figures({"distortions": figure}, trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew: a test before may have been interrupted."""
+        """Forget the logits of an earlier test, which may have been interrupted."""
         self._logits: list[Tensor] = []
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
-        """Keep the logits, (B, 10), that `test_step` returns."""
+        """Keep `outputs`, the logits, (B, 10), that `test_step` returned, of all processes."""
         self._logits.append(gather(trainer, outputs))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what was read right and wrong, and the network itself."""
+        """Draw correct and misclassified digits, the confusion matrix, the curves, and the network."""
         logits = torch.cat(self._logits).cpu().float()
         if run_directory(trainer) is None:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         images, labels = data.test[0][: len(logits)], data.test[1][: len(logits)].long()
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
-        correct, mistakes = (which.nonzero().squeeze(1) for which in (predictions == labels, predictions != labels))
+        correct, mistakes = (mask.nonzero().squeeze(1) for mask in (predictions == labels, predictions != labels))
         if self.misclassified == "confidence":
             mistakes = mistakes[confidences[mistakes].argsort(descending=True, stable=True)]
 
@@ -72,7 +72,7 @@ class Figures(pl.Callback):
             return plots.digit_grid(images[which].float() / 255, titles, f"{data.dataset_name}\n{heading}")
 
         counts = multiclass_confusion_matrix(predictions, labels, num_classes=CLASSES)
-        order = {"file_order": "first in the file", "confidence": "surest"}[self.misclassified]
+        order = {"file_order": "first in the file", "confidence": "most confident first"}[self.misclassified]
         heading = f"{data.dataset_name}\nconfusion matrix of {len(labels):,} test digits"
         figures = {
             "correct": digits(correct, f"{len(correct):,} correct test digits, first in the file"),

@@ -1,11 +1,11 @@
-"""An optimizer step without autograd: the same numbers in two thirds of the time. To learn Lightning, skip this file.
+"""A training step without autograd: the same numbers in two thirds of the time. To learn Lightning, skip this file.
 
 On a CPU a third of this small network's step is not arithmetic but autograd's bookkeeping and new tensors. Here each
-result has a place of its own that every step writes again. The kernels are those that autograd and
+result has a buffer of its own, which every step overwrites. The kernels are those that autograd and
 `torch.optim.AdamW(fused=True)` call, in the same order, so the weights are bit-identical.
 
 The engine tries it beside the ordinary step and drops it where they differ. Delete this file and
-`MNISTClassifier.fast_step`, and only the speed changes.
+`MNISTClassifier.fast_step` with its import, and only the speed changes.
 """
 
 import torch
@@ -16,11 +16,11 @@ from torch.optim import AdamW
 from mnist_lightning.model import MLP
 
 aten = torch.ops.aten
-FORWARD = MLP.forward  # somebody may replace it later
+FORWARD = MLP.forward  # to notice where somebody replaces it
 
 
 def can_fuse(network: nn.Module, label_smoothing: float) -> bool:
-    """Whether the step below is that of this network and loss; a trial could miss a very small dropout or smoothing."""
+    """Whether the step below fits this network and loss; a trial could miss a very small dropout or smoothing."""
     return (
         type(network) is MLP
         and MLP.forward is FORWARD
@@ -35,11 +35,11 @@ class FusedStep:
 
     Args:
         network: The network to train, in float32 or float64 on a CPU.
-        optimizer: `AdamW(fused=True)` over the network's parameters, with at least one step behind it.
+        optimizer: `AdamW(fused=True)` over the network's parameters, after its first step, which makes the moments.
         batch_size: Images in each minibatch.
 
     Raises:
-        ValueError: It is another optimizer.
+        ValueError: The optimizer is another one.
     """
 
     def __init__(self, network: MLP, optimizer: torch.optim.Optimizer, batch_size: int) -> None:
@@ -64,9 +64,9 @@ class FusedStep:
 
     @torch.no_grad()
     def __call__(self, batch: tuple[Tensor, Tensor]) -> Tensor | None:
-        """Do one step with images, (B, 784), and labels, (B,); return the loss, (), from before it.
+        """Do one step with images, (B, 784), and labels, (B,); return the loss before it, a scalar.
 
-        Nothing is done, and None returned, with another number of images than `batch_size`.
+        With another number of images than `batch_size` it does nothing and returns None.
         """
         images, labels = batch
         if len(labels) != self.batch_size:
@@ -96,7 +96,7 @@ class FusedStep:
         return loss
 
     def update(self) -> None:
-        """AdamW, of the gradients that are there."""
+        """Update the parameters by AdamW with the current gradients."""
         torch._foreach_add_(self.steps, self.one, alpha=1)
         torch._fused_adamw_(
             self.parameters,

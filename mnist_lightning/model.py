@@ -1,4 +1,4 @@
-"""The network: 784 pixels -> hidden ReLU units -> 10 logits. Plain PyTorch."""
+"""The network: 784 pixels -> hidden ReLU units -> 10 logits (scores before the softmax). Plain PyTorch."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,15 +9,15 @@ CLASSES = 10
 
 
 class MLP(nn.Module):
-    """A perceptron with one hidden layer.
+    """A multilayer perceptron (MLP) with one hidden layer.
 
-    Weights come from a normal distribution cut at two standard deviations, which is what TensorFlow calls truncated
-    normal; biases start at 0.
+    Weights come from a normal distribution truncated at two standard deviations, as TensorFlow truncates it; biases
+    start at 0.
 
     Args:
         hidden_dim: Number of hidden ReLU units, at least 1. With 200 the network has 159,010 parameters.
-        init_std: Standard deviation of the normal distribution before it is cut, above 0.
-        dropout: In training, the probability that a hidden unit is left out, from 0 up to 1.
+        init_std: Standard deviation of the normal distribution before truncation, above 0.
+        dropout: In training, the probability that a hidden unit is set to 0; at least 0, below 1.
     """
 
     def __init__(self, hidden_dim: int = 200, init_std: float = 0.01, dropout: float = 0) -> None:
@@ -26,7 +26,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden_dim, CLASSES)
         for layer in (self.hidden, self.output):
-            # Without bounds, PyTorch cuts at -2 and 2 whatever the standard deviation is.
+            # Without bounds, PyTorch truncates at -2 and 2 whatever the standard deviation is.
             nn.init.trunc_normal_(layer.weight, std=init_std, a=-2 * init_std, b=2 * init_std)
             nn.init.zeros_(layer.bias)
 

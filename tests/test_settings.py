@@ -334,7 +334,7 @@ def test_demo_does_not_open_a_browser_in_the_terminal(
     monkeypatch.setattr(webbrowser, "open", note)
     assert run_cli("demo", data=False) == 0
     assert opened == [Path("demo.html").resolve().as_uri()] * opens
-    assert ("No browser with windows was found here" in capsys.readouterr().out) is not opens
+    assert ("No graphical browser was found" in capsys.readouterr().out) is not opens
 
 
 def test_a_second_run_in_one_process_adds_no_filter(run_cli: RunCLI) -> None:
