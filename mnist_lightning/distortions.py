@@ -14,8 +14,8 @@ from mnist_lightning.model import SIDE
 class Distortions:
     """Affine and elastic distortions after Simard, Steinkraus and Platt (2003).
 
-    Each image gets a distortion of its own; torchvision's transforms apply one to a whole batch. Its Gaussian blur alone
-    takes 10 s for the fields of 55,000 images on two CPU cores; all that is done here takes 1.0 s.
+    Each image gets a distortion of its own; torchvision's transforms apply one to a whole batch. Their Gaussian
+    blur alone takes 10 s for the fields of 55,000 images on two CPU cores; all that is done here takes 1.0 s.
 
     Args:
         rotation: Largest angle to either side, in degrees, 0 or above.

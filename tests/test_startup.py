@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_what_is_written_twice_is_the_same() -> None:
     assert inspect.signature(MNISTDataModule).parameters["val_size"].default == VAL_SIZE
     assert CLI.subcommands().keys() == TRAINER_COMMANDS.keys()
     assert not COMMANDS.keys() & TRAINER_COMMANDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "500"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
+)
+def test_idle_threads_spin_less_unless_the_user_says_how_much(given: dict[str, str], spins: str) -> None:
+    before = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import os, mnist_lightning; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, env=before | given, text=True).strip() == spins
 
 
 @pytest.mark.parametrize("enabled", [True, False])

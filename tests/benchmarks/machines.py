@@ -78,7 +78,7 @@ def main() -> None:
         small, large = (measure(1, name, minibatch, port) for minibatch in (100, 1_024))
         image = (large - small) / (1_024 - 100)
         fixed = max(0, small - 100 * image)
-        ddp = measure(2, name, 16, port) - measure(1, name, 8, port)  # few images, whose time varies
+        ddp = max(0, measure(2, name, 16, port) - measure(1, name, 8, port))  # few images, whose time varies
         constants[name] = 4 * size, fixed, image, ddp
         row = f"{size:,} | {1e3 * fixed:.2f} | {1e6 * image:.1f} | {1e3 * ddp:.1f}"
         compute = fixed + 512 * image
