@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
@@ -26,6 +26,7 @@ def data(arguments: list[str]) -> None:
     """Get and verify the data, and print what the tutorial prints of them."""
     parser = _parser("data", "Get and verify the data without training.")
     _add_data(parser)
+    parser.add_argument("--data.val_size", type=int, default=VAL_SIZE, help="Images held out for validation")
     parser.add_argument("--figure", type=str, default="digits.png", help="PNG file for a figure of training digits")
     config = parser.parse_args(arguments)
     with fast_imports():
@@ -35,9 +36,13 @@ def data(arguments: list[str]) -> None:
         from mnist_lightning.model import CLASSES
     root = Path(config.data.root)
     raw = files.get(config.data.dataset, root)
-    name = files.full_name(files.describe(config.data.dataset, root, raw)["dataset"])
+    dataset = files.describe(config.data.dataset, root, raw)["dataset"]
+    name = files.NAMES.get(dataset, dataset)
     (images, labels), test = idx.load(raw, "train"), idx.load(raw, "t10k")
-    train, val = (images[VAL_SIZE:], labels[VAL_SIZE:]), (images[:VAL_SIZE], labels[:VAL_SIZE])
+    held_out = config.data.val_size
+    if not 1 <= held_out < len(labels):
+        raise UsageError(f"data.val_size must be 1 to {len(labels) - 1:,} of the training file, not {held_out}")
+    train, val = (images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out])
     say(f"Dataset: {name}")
     for split, (images, labels) in {"Training": train, "Validation": val, "Test": test}.items():
         say(f"{split}: {len(labels):,} digits, images {tuple(images.shape)}, labels {tuple(labels.shape)}")
@@ -73,8 +78,9 @@ def read(arguments: list[str]) -> None:
         paths, left_out = reading.find(config.paths)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if Path(config.figure).resolve() in map(Path.resolve, paths):
-        raise UsageError(f"figure: {config.figure} is one of the pictures to read; give another --figure")
+    for name in ("csv", "figure"):
+        if Path(config[name]).resolve() in map(Path.resolve, paths):
+            raise UsageError(f"{name}: {config[name]} is one of the pictures to read; give another --{name}")
     mlp, _ = _network(config.ckpt_path, config.runs)
 
     if left_out:
@@ -180,22 +186,17 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
         from mnist_lightning.engine import checkpoint_file
         from mnist_lightning.model import MLP
 
-    # `MNISTClassifier.load_from_checkpoint` would do, but imports Lightning.
-    def classifier(hidden_dim: int, **_: Any) -> ModuleDict:
-        return ModuleDict({"mlp": MLP(hidden_dim)})
-
     try:
         path = checkpoint_file.find(ckpt_path, Path(runs))
-        checkpoint = checkpoint_file.load_checkpoint(path, classifier)
+        # `MNISTClassifier.load_from_checkpoint` would do, but imports Lightning.
+        checkpoint = checkpoint_file.load_checkpoint(path, lambda hidden_dim, **_: ModuleDict({"mlp": MLP(hidden_dim)}))
     except checkpoint_file.CheckpointError as error:
         raise UsageError(f"ckpt_path: {error}") from error
-    network = classifier(**checkpoint["hyper_parameters"])
-    network.load_state_dict(checkpoint["state_dict"])
-    dataset = checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")
-    trained_on = printable(f"{files.full_name(dataset)}, {checkpoint['global_step']:,} iterations")
+    mlp = MLP(checkpoint["hyper_parameters"]["hidden_dim"]).eval().requires_grad_(False)
+    mlp.load_state_dict({name.removeprefix("mlp."): weight for name, weight in checkpoint["state_dict"].items()})
+    dataset = str(checkpoint.get("datamodule_hyper_parameters", {}).get("dataset", "other data"))
+    trained_on = printable(f"{files.NAMES.get(dataset, dataset)}, {checkpoint['global_step']:,} iterations")
     say(printable(f"Weights: {path}, trained on {trained_on}"))
-    mlp = network["mlp"].float().eval().requires_grad_(False)
-    assert isinstance(mlp, MLP)
     return mlp, trained_on
 
 

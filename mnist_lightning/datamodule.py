@@ -62,7 +62,8 @@ class MNISTDataModule(DeviceDataModule):
     @property
     def dataset_name(self) -> str:
         """`MNIST`, `stand-in digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
-        return files.full_name(self.hparams["dataset"])
+        name: str = self.hparams["dataset"]
+        return files.NAMES.get(name, name)
 
     @property
     def raw(self) -> Path:

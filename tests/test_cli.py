@@ -74,7 +74,7 @@ ASSET = README.parent / ".github/assets/misclassified.png"
         (["exprot"], "there is no command exprot; did you mean export?"),
         (["learn"], "there is no command learn; give fit, validate, test, predict, data, read, demo or export"),
         ([""], "a command is missing; give fit, validate, test, predict, data, read, demo or export"),
-        (["data", "--data.val_size=0"], "there is no setting data.val_size"),
+        (["data", "--data.val_size=0"], "data.val_size must be 1 to"),
         (["raed"], "there is no command raed; did you mean read?"),
         (["read"], "read: which pictures? Give files, folders or globs"),
         (["read", "nowhere.png"], "there is no picture nowhere.png"),

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,13 @@ def test_the_files_read_as_the_network_does(
 
 
 def test_a_file_that_reads_differently_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
-        other = MLP(17)
+    def write(mlp: MLP, path: Path, notes: dict[str, str]) -> MLP:
+        path.write_text("another one")
+        other = deepcopy(mlp)
         other.output.bias.data += 0.01
-        torch.jit.save(torch.jit.trace(other, torch.zeros(1, 784)), path)
+        return other
 
-    monkeypatch.setattr(export_module, "_write_torchscript", write)
+    monkeypatch.setattr(export_module, "_torchscript", write)
     (tmp_path / "x.pt").write_text("the last one")
     with pytest.raises(ExportError, match="differ from PyTorch's"):
         export(MLP(17), "torchscript", str(tmp_path / "x.pt"), torch.rand(5, 784), "nothing")
@@ -116,3 +118,13 @@ def test_demo_writes_the_page_and_opens_it(
     assert opened == [(tmp_path / "demo.html").as_uri()]
     assert (tmp_path / "mine.html").read_text() == (tmp_path / "demo.html").read_text()
     assert "stand-in digits (not MNIST), 11 iterations" in (tmp_path / "demo.html").read_text()
+
+
+def test_a_checkpoint_that_was_trained_without_a_data_module(
+    trained: Path, run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(trained)
+    del checkpoint["datamodule_hyper_parameters"]
+    torch.save(checkpoint, trained)
+    assert run_cli("demo", "--no-open", data=False) == 0
+    assert "trained on other data, 11 iterations" in capsys.readouterr().out

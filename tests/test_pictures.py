@@ -447,6 +447,7 @@ def test_several_digits_in_one_picture_are_named(
         (["mine.png", "--ckpt_path=nowhere.ckpt"], "ckpt_path: there is no checkpoint nowhere.ckpt"),
         (["mine.png"], "ckpt_path: there is no best.ckpt of any run in lightning_logs yet; train one with `fit`"),
         (["mine.png", "--figure=./mine.png"], "figure: ./mine.png is one of the pictures to read"),
+        (["mine.png", "--csv=mine.png"], "csv: mine.png is one of the pictures to read"),
         (["mine.png", "--figures=x"], "there is no setting figures; did you mean figure?"),
     ],
 )

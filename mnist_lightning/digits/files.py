@@ -1,6 +1,5 @@
 """The data's files: download MNIST, verify it, make its stand-in where there is no network, or take the user's own."""
 
-import contextlib
 import itertools
 import shutil
 import sys
@@ -13,6 +12,7 @@ from mnist_lightning.digits.idx import DataError
 
 Dataset: TypeAlias = Literal["auto", "mnist", "synthetic", "files"]
 
+# As people read them.
 NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
 
 # MD5 sums of the unpacked files; torchvision knows those of the gzipped ones.
@@ -22,11 +22,6 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-
-
-def full_name(dataset: str) -> str:
-    """A data set's name as people read it: `MNIST`, `stand-in digits (not MNIST)`, or another one's as it is."""
-    return NAMES.get(dataset, dataset)
 
 
 class UnreachableError(DataError):
@@ -106,18 +101,18 @@ def _get_files(root: Path) -> Path:
 def _get_mnist(root: Path) -> Path:
     if not _bad(raw := find("mnist", root)):
         return raw
-    with idx.alone(root):
-        return _mend_mnist(find("mnist", root), root)
+    with idx.alone(root):  # of several processes that start at once, one downloads
+        raw = find("mnist", root)
+        if bad := _bad(raw):
+            _mend(raw, bad, root)
+    return raw
 
 
 def _bad(raw: Path) -> list[str]:
     return [name for name in MNIST_MD5 if not _is_mnist(raw, name) or idx.locate(raw, name).suffix == ".gz"]
 
 
-def _mend_mnist(raw: Path, root: Path) -> Path:
-    bad = _bad(raw)
-    if not bad:  # while this process waited for another one
-        return raw
+def _mend(raw: Path, bad: list[str], root: Path) -> None:
     _refuse_own(raw)
     present = [path for name in MNIST_MD5 for path in idx.forms(raw, name) if path.is_file()]
     raw.mkdir(parents=True, exist_ok=True)
@@ -141,9 +136,11 @@ def _mend_mnist(raw: Path, root: Path) -> Path:
                 state = f"{culprit} is damaged" if culprit else f"{raw / name} is missing"
                 raise DataError(f"{state}, and the download failed: {failure}; go online, or put a good copy there")
         for name in bad:
-            _set_aside(raw, name)
-            Path(directory, name).replace(raw / name)
-    return raw
+            if (path := raw / name).exists():  # it may be the user's
+                aside = next(aside for n in itertools.count(1) if not (aside := raw / f"{name}.aside{n}").exists())
+                path.rename(aside)
+                print(f"{path} was not MNIST's file, and is kept as {aside.name}", file=sys.stderr)
+            Path(directory, name).replace(path)
 
 
 def _is_mnist(raw: Path, name: str) -> bool:
@@ -170,24 +167,11 @@ def _refuse_own(raw: Path) -> None:
             )
 
 
-def _set_aside(raw: Path, name: str) -> None:
-    """Keep a file that may be the user's: what its name promises is about to be put there."""
-    path = raw / name
-    if path.exists() and not _is_mnist(raw, name):
-        aside = next(aside for n in itertools.count(1) if not (aside := raw / f"{name}.aside{n}").exists())
-        with contextlib.suppress(FileNotFoundError):  # another process was first
-            path.rename(aside)
-            print(f"{path} was not MNIST's file, and is kept as {aside.name}", file=sys.stderr)
-
-
 def _get_synthetic(root: Path) -> Path:
     raw = root / "synthetic" / "raw"
-    if not synthetic.is_complete(raw):
-        with idx.alone(raw), TemporaryDirectory(dir=root, prefix=".make-") as directory:
-            if not synthetic.is_complete(raw):
-                synthetic.make(Path(directory))
-                for path in Path(directory).iterdir():
-                    path.replace(raw / path.name)
+    with idx.alone(raw):
+        if not synthetic.is_complete(raw):
+            synthetic.make(raw)
     return raw
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mnist_lightning.digits import plots
 from mnist_lightning.digits.inside import ORANGE_TO_BLUE, Trace, colored, detectors, reasons
+from mnist_lightning.digits.plots import Figure
 from mnist_lightning.engine.run import say
 from mnist_lightning.model import CLASSES, SIDE
 

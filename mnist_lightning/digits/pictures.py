@@ -1,5 +1,6 @@
 """Users' own pictures, each of one digit, cleaned as MNIST was made."""
 
+import contextlib
 import math
 import warnings
 from operator import itemgetter
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 
 from mnist_lightning.model import SIDE
 
@@ -23,9 +24,6 @@ Image.MAX_IMAGE_PIXELS = None
 
 # Of broken metadata, which are no user's concern. Here, since filters hold for all threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-# How to turn a picture upright, by EXIF's orientation.
-TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 
 # MNIST's digits were fitted into a box of 20 pixels and put into a field of 28 by their centre of mass.
 BOX = 20
@@ -75,33 +73,22 @@ def load(path: Path) -> Image.Image:
                 picture.draft(None, (2 * VIEW, 2 * VIEW))
             if math.prod(picture.size) > MAX_PIXELS:
                 raise PictureError(f"has more than {MAX_PIXELS:,} pixels, which may be an attack")
-            turn = _turn(picture)
             picture.load()
-            upright = picture if turn is None else picture.transpose(turn)
-            return _to_8_bits(upright) if upright.mode.startswith(("I", "F")) else upright
+            with contextlib.suppress(Exception):  # metadata may be broken as they like
+                ImageOps.exif_transpose(picture, in_place=True)
+            return _to_8_bits(picture) if picture.mode.startswith(("I", "F")) else picture
     except PictureError:
         raise
     except UnidentifiedImageError:
         raise PictureError(f"is none of {', '.join(FORMATS)}; save it as one of them") from None
-    except OSError as error:
-        raise PictureError(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever a damaged file may lead to
-        raise PictureError(f"is damaged: {error}") from error
-
-
-def _turn(picture: Image.Image) -> Image.Transpose | None:
-    # A TIFF turns itself. Other metadata may be broken as they like.
-    try:
-        return None if picture.format == "TIFF" else TURNS.get(picture.getexif().get(0x0112, 1))
-    except Exception:
-        return None
+        raise PictureError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _to_8_bits(picture: Image.Image) -> Image.Image:
     # From the darkest to the brightest: of 16 bits a camera may use but some.
     values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-    low, high = values.min(), values.max()
-    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    return Image.fromarray(np.interp(values, (values.min(), values.max()), (0, 255)).astype(np.uint8))
 
 
 def find_ink(picture: Image.Image) -> Array:

@@ -1,13 +1,11 @@
 """What a network reads in pictures: rows of a CSV file, a table on the console, and a figure."""
 
 import csv
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from glob import glob
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +40,7 @@ LISTED, DRAWN = 100, 24
 
 # Of the figure, in pixels: a picture's part of it, what the heading takes, and the side of a picture.
 WIDTH, HEIGHT, HEADING, TILE = 430, 320, 84, 4 * SIDE
+FONT = "matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"  # what it lacks is drawn as an empty box
 
 
 def find(paths: Sequence[str]) -> tuple[list[Path], str]:
@@ -83,10 +82,8 @@ def _files(path: Path) -> list[Path]:
 
 def preprocess_all(paths: Sequence[Path]) -> Iterator[Array | PictureError | None]:
     """What `pictures.preprocess` returns or raises for each file; they are read on all CPU cores."""
-    # SLURM and containers may allow but some of the machine's.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # In threads, since Pillow and OpenCV work without Python's lock.
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         yield from pool.map(_preprocess_or_say, paths)
 
 
@@ -115,11 +112,8 @@ def classify(mlp: MLP, seen: Mapping[Path, Array | None]) -> tuple[Tensor, list[
 
 def _stack(digits: Collection[Array | None]) -> Tensor:
     """Digits as one tensor, (N, 784) in [0, 1]; a blank one is all 0."""
-    pixels = torch.zeros(len(digits), PIXELS)
-    for row, digit in zip(pixels, digits, strict=True):
-        if digit is not None:
-            row.copy_(torch.from_numpy(digit))
-    return pixels
+    rows = [np.zeros(PIXELS) if digit is None else digit for digit in digits]
+    return torch.from_numpy(np.reshape(rows, (-1, PIXELS))).float()
 
 
 def _several(digit: Array) -> bool:
@@ -157,15 +151,27 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
 def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, mlp: MLP) -> None:
     """Draw the first pictures as given, as the network saw them, what it read, and below why, three to a row.
 
-    With Pillow, since importing Matplotlib and drawing so many axes take longer than reading the pictures.
+    With Pillow, since importing Matplotlib and drawing with it take longer than reading the pictures.
     """
     drawn = list(seen.items())[:DRAWN]
     columns = min(3, len(drawn))
     figure = Image.new("RGB", (columns * WIDTH, -(-len(drawn) // columns) * HEIGHT + HEADING), "white")
     pen = ImageDraw.Draw(figure)
+    font_file = str(distribution("matplotlib").locate_file(FONT))
+    fonts = {size: ImageFont.truetype(font_file, size) for size in (12, 14, 20)}
+
+    def write(x: float, y: float, text: str, size: int = 14) -> None:
+        pen.text((x, y), text, "black", fonts[size], anchor="mm", align="center", spacing=10)
+
+    def show(picture: Image.Image, left: int, top: int, title: str, method: int = Image.Resampling.NEAREST) -> None:
+        tile = ImageOps.pad(picture, (TILE, TILE), method, "white")
+        figure.paste(tile, (left, top), tile if tile.mode == "RGBA" else None)
+        pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
+        write(left + TILE / 2, top - 14, title)
+
     more = f": the first {len(drawn)} of {len(seen):,} pictures" if len(seen) > len(drawn) else ""
-    _write(pen, (figure.width / 2, HEADING - 50), f"What the network read{more}", 20)
-    _write(pen, (figure.width / 2, HEADING - 18), "Blue (dark) ink speaks for it, orange (light) for the runner-up", 14)
+    write(figure.width / 2, HEADING - 50, f"What the network read{more}", 20)
+    write(figure.width / 2, HEADING - 18, "Blue (dark) ink speaks for it, orange (light) for the runner-up")
     pixels = _stack([digit for _, digit in drawn])
     best = probabilities[: len(drawn)].topk(2).indices
     shares = torch.eye(CLASSES)[best]
@@ -174,59 +180,25 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, ml
     greys = (255 * (1 - pixels)).byte().view(-1, SIDE, SIDE).numpy()
     for index, ((file, digit), row) in enumerate(zip(drawn, probabilities.tolist(), strict=False)):
         left, top = index % columns * WIDTH + 14, index // columns * HEIGHT + HEADING + 24
-        given = pictures.load(file).convert("RGBA")
-        given.thumbnail((TILE, TILE))
-        if given.getchannel("A").getextrema() != (255, 255):  # transparent, whose ink may be white
-            pen.rectangle((left, top, left + TILE, top + TILE), "silver")
-        figure.paste(given, (left + (TILE - given.width) // 2, top + (TILE - given.height) // 2), given)
+        given = ImageOps.contain(pictures.load(file).convert("RGBA"), (TILE, TILE))
+        given = Image.alpha_composite(Image.new("RGBA", given.size, "silver"), given)  # for white ink on nothing
         name = printable(file.name)
-        _write(pen, (left + TILE / 2, top - 14), name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", 14)
-
-        left += TILE + 10
-        _paste(figure, greys[index], (left, top))
-        pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
-        _write(pen, (left + TILE / 2, top - 14), "as seen", 14)
-
-        left += TILE + 12
+        show(given, left, top, name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", Image.Resampling.BICUBIC)
+        middle, right = left + TILE + 10, left + 2 * TILE + 22
+        show(Image.fromarray(greys[index]), middle, top, "as seen")
         first, second = best[index].tolist()
-        read = "blank" if digit is None else f"{first}  ({row[first]:.1%})"
-        _write(pen, (left + 8 * CLASSES, top - 14), read, 14)
+        write(right + 8 * CLASSES, top - 14, "blank" if digit is None else f"{first}  ({row[first]:.1%})")
         if digit is None:
             continue
         for number, probability in enumerate(row):
-            x, bottom = left + 16 * number, top + TILE - 14
+            x, bottom = right + 16 * number, top + TILE - 14
             color = "#d1602a" if number == first else "#4878a8"
             pen.rectangle((x + 2, round(bottom - probability * (TILE - 14)), x + 13, bottom), color)
-            _write(pen, (x + 8, bottom + 11), str(number), 12)
-        pen.line((left, bottom, left + 16 * CLASSES, bottom), "black")
-
-        left, top = left - TILE - 12, top + TILE + 36
-        _paste(figure, inks[index], (left, top))
-        pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
-        _write(pen, (left + TILE / 2, top - 14), f"why {first}, not {second}", 14)
+            write(x + 8, bottom + 11, str(number), 12)
+        pen.line((right, bottom, right + 16 * CLASSES, bottom), "black")
+        show(Image.fromarray(inks[index]), middle, top + TILE + 36, f"why {first}, not {second}")
         each, constant = says[index], constants[index]
         terms = {f"ink for {first}": each.clamp(min=0), f"ink for {second}": each.clamp(max=0), "constant": constant}
-        lines = [f"{name} {part.sum():+.1f}" for name, part in terms.items()]
-        lines.append(f"= {each.sum() + constant:+.1f}")
-        for line, text in enumerate(lines):
-            _write(pen, (left + TILE + 12 + 8 * CLASSES, top + 20 + 24 * line), text, 14)
+        lines = [f"{name} {part.sum():+.1f}" for name, part in terms.items()] + [f"= {each.sum() + constant:+.1f}"]
+        write(right + 8 * CLASSES, top + 3 * TILE / 2 + 36, "\n".join(lines))
     figure.save(path, "PNG")
-
-
-def _paste(figure: Image.Image, digit: Array, corner: tuple[int, int]) -> None:
-    """Paste a digit, (28, 28), grey, or (28, 28, 4), of which the last is the opacity."""
-    tile = Image.fromarray(digit).resize((TILE, TILE), Image.Resampling.NEAREST)
-    figure.paste(tile, corner, tile if tile.mode == "RGBA" else None)
-
-
-def _write(pen: ImageDraw.ImageDraw, centre: tuple[float, float], text: str, size: int) -> None:
-    pen.text(centre, text, "black", _font(size), anchor="mm")
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Matplotlib's own, without importing it. What it lacks is drawn as an empty box.
-    spec = find_spec("matplotlib")
-    assert spec
-    assert spec.origin
-    return ImageFont.truetype(Path(spec.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf", size)

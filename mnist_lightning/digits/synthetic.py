@@ -4,13 +4,13 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
 from mnist_lightning.digits import idx
+from mnist_lightning.engine.checkpoint_file import write_whole
 
 VERSION = 1  # raise when the digits change; caches of another version are made again
 
@@ -78,8 +78,8 @@ TURN = 0.1  # radians
 PEN_WIDTH = (1.8, 4.0)  # pixels, uniform between: from a fine ballpoint to a felt tip that fills small loops
 
 
-def draw_digits(count: int, seed: int, progress: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
-    """Draw ``count`` digits that look handwritten, in the format of MNIST.
+def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw ``count`` digits that look handwritten, in the format of MNIST, with a progress bar.
 
     Each digit takes one of its class's paths in ``GLYPHS``, distorted at random: its points jittered, then moved by a
     smooth field (after the elastic distortions of Simard, Steinkraus and Platt, 2003, but applied to the pen's path,
@@ -90,24 +90,23 @@ def draw_digits(count: int, seed: int, progress: Callable[[int], None] | None = 
         count: number of digits, at least 1.
         seed: the same seed and count give the same digits (another machine may round a pixel differently). Torch's
             global generator is neither used nor changed.
-        progress: called now and then with the number of digits drawn since the last call.
 
     Returns:
         Images, uint8 of shape (count, 28, 28), 0 for paper to 255 for ink; and their labels 0-9, int64 of shape
         (count,), in random order, the ten classes equally frequent (to within one digit).
     """
+    from rich.console import Console  # not for each `fit`
+    from rich.progress import track
+
     generator = Generator().manual_seed(seed)
     digits, weights, points, curves = _table()
     labels = (torch.arange(count) % 10)[torch.randperm(count, generator=generator)]
-    images = torch.empty(count, CANVAS, CANVAS, dtype=torch.uint8)
-    for start in range(0, count, CHUNK):
-        end = min(start + CHUNK, count)
-        way = torch.multinomial(weights * (labels[start:end, None] == digits), 1, generator=generator).squeeze(1)
-        jitter = JITTER * torch.randn(end - start, *points.shape[1:], generator=generator)
-        images[start:end] = _ink(_distort(curves[way] @ (points[way] + jitter), generator), generator)
-        if progress is not None:
-            progress(end - start)
-    return images, labels
+    images = []
+    for chunk in track(labels.split(CHUNK), f"Drawing {count:,} stand-in digits", console=Console(stderr=True)):
+        way = torch.multinomial(weights * (chunk[:, None] == digits), 1, generator=generator).squeeze(1)
+        jitter = JITTER * torch.randn(len(chunk), *points.shape[1:], generator=generator)
+        images.append(_ink(_distort(curves[way] @ (points[way] + jitter), generator), generator))
+    return torch.cat(images), labels
 
 
 def _table() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,8 +134,7 @@ def _table() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         travelled = steps.cumsum(0)
         even = (torch.arange(DOTS) + 0.5) / DOTS * travelled[-1]
         curves[glyph] = torch.cat([spline[1:] for spline in splines])[torch.searchsorted(travelled, even)]
-    digits = torch.tensor([digit for digit, _, _ in GLYPHS])
-    weights = torch.tensor([float(weight) for _, weight, _ in GLYPHS])
+    digits, weights = torch.tensor([glyph[:2] for glyph in GLYPHS]).float().T
     return digits, weights, points, curves
 
 
@@ -190,22 +188,19 @@ def _ink(dots: Tensor, generator: Generator) -> Tensor:
 
 
 def make(directory: Path) -> None:
-    """Draw the training and the test file from fixed seeds, with a progress bar, and note their MD5 sums."""
-    from rich.console import Console  # not for each `fit`
-    from rich.progress import Progress
+    """Draw the training and the test file from fixed seeds, and note their MD5 sums."""
+    for seed, (split, size) in enumerate(SIZES.items()):
+        images, labels = draw_digits(size, seed)
+        for name, values in {"images-idx3": images, "labels-idx1": labels.to(torch.uint8)}.items():
+            # The IDX format: 0, 0, the type (8 is unsigned bytes), the rank, each dimension; then the values.
+            header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+            write_whole(directory / f"{split}-{name}-ubyte", header + values.numpy().tobytes())
+    write_whole(directory / MANIFEST, _manifest(directory))
 
-    md5 = {}
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("Drawing stand-in digits", total=sum(SIZES.values()))
-        for seed, (split, size) in enumerate(SIZES.items()):
-            images, labels = draw_digits(size, seed, lambda drawn: bar.advance(task, drawn))
-            for name, values in {"images-idx3": images, "labels-idx1": labels.to(torch.uint8)}.items():
-                path = directory / f"{split}-{name}-ubyte"
-                # The IDX format: 0, 0, the type (8 is unsigned bytes), the rank, each dimension; then the values.
-                header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
-                path.write_bytes(header + values.numpy().tobytes())
-                md5[path.name] = md5_sum(path)
-    (directory / MANIFEST).write_text(json.dumps({"version": VERSION, "md5": md5}, indent=4))
+
+def _manifest(directory: Path) -> bytes:
+    md5 = {name: md5_sum(directory / name) for name in idx.NAMES}
+    return json.dumps({"version": VERSION, "md5": md5}, indent=4).encode()
 
 
 def md5_sum(path: Path) -> str | None:
@@ -215,10 +210,5 @@ def md5_sum(path: Path) -> str | None:
 
 def is_complete(directory: Path) -> bool:
     """Whether the files that `make` of this `VERSION` leaves are there, undamaged."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        return manifest["version"] == VERSION and all(
-            md5_sum(directory / name) == manifest["md5"][name] for name in idx.NAMES
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    path = directory / MANIFEST
+    return path.is_file() and path.read_bytes() == _manifest(directory)

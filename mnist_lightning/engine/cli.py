@@ -228,10 +228,6 @@ class CLI(LightningCLI):
         """Measure the test split and draw the figures."""
         self.trainer.test(**kwargs, verbose=False)
 
-    def predict(self, **kwargs: Any) -> None:
-        """Predict the test split."""
-        self.trainer.predict(**kwargs, return_predictions=False)
-
     def after_fit(self) -> None:
         """Say where the run is."""
         say_where(self.trainer)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from mnist_lightning.model import MLP
 
-TEMPLATE = Path(__file__).with_name("demo.html")
-
 
 def page(mlp: MLP, trained_on: str) -> str:
     """Put a network into `demo.html`.
@@ -24,7 +22,7 @@ def page(mlp: MLP, trained_on: str) -> str:
     Returns:
         HTML to be written as UTF-8. It needs no other file, and its content-security policy lets it ask for none.
     """
-    template = TEMPLATE.read_text(encoding="utf-8")
+    template = Path(__file__).with_name("demo.html").read_text(encoding="utf-8")
     values = {
         "policy": _policy(template),
         "trained_on": html.escape(trained_on),

@@ -1,11 +1,10 @@
 """Export to other runtimes; each file is read back by its own before it counts."""
 
-import importlib
 import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,37 +44,30 @@ def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained
     Raises:
         ExportError: A library is missing, or the logits differ by more than 0.001.
     """
-    suffix, write, load = {
-        "onnx": ("onnx", _write_onnx, _load_onnx),
-        "torchscript": ("pt", _write_torchscript, _load_torchscript),
-        "safetensors": ("safetensors", _write_safetensors, _load_safetensors),
-    }[format]
-    path = Path(output or f"mnist.{suffix}")
-    mlp = mlp.float().eval()
+    write = {"onnx": _onnx, "torchscript": _torchscript, "safetensors": _safetensors}[format]
+    path = Path(output or f"mnist.{'pt' if format == 'torchscript' else format}")
+    mlp = mlp.eval()
     aside = path.with_name(f"{path.name}.unchecked")
     try:
-        write(mlp, aside, {"input": INPUT, "output": OUTPUT, "trained_on": trained_on})
-        exported = load(aside)
-        with torch.no_grad():
-            difference = max((exported(part) - mlp(part)).abs().max().item() for part in (images, images[:1]))
+        with warnings.catch_warnings():
+            # TorchScript's successor, `torch.export`, is what the format `onnx` is made by.
+            warnings.simplefilter("ignore")
+            exported = write(mlp, aside, {"input": INPUT, "output": OUTPUT, "trained_on": trained_on})
+        difference = max((exported(part) - mlp(part)).abs().max().item() for part in (images, images[:1]))
         if not difference <= TOLERANCE:
             raise ExportError(f"{path} is not written: logits would differ from PyTorch's by up to {difference:.1e}")
         aside.replace(path)
+    except ImportError as error:
+        raise ExportError(f'{error.name or error} is not installed; get it with: pip install -e ".[export]"') from error
     finally:
         aside.unlink(missing_ok=True)
     return path, difference
 
 
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(f'{name} is not installed; get it with: pip install -e ".[export]"') from error
+def _onnx(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    import onnxscript  # noqa: F401 (whose absence PyTorch would not notice if it was imported before)
+    from onnxruntime import InferenceSession
 
-
-def _write_onnx(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        _library(name)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(
         mlp,
@@ -89,33 +81,20 @@ def _write_onnx(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
     assert program is not None
     program.model.metadata_props.update(notes)
     program.save(path)
-
-
-def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    session = _library("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _write_torchscript(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
-    with warnings.catch_warnings():
-        # PyTorch's successor, `torch.export`, is what the format `onnx` is made by.
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(mlp, torch.zeros(2, PIXELS)), path, _extra_files=notes)
-
-
-def _load_torchscript(path: Path) -> Callable[[Tensor], Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network: Callable[[Tensor], Tensor] = torch.jit.load(path)
+def _torchscript(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    torch.jit.save(torch.jit.trace(mlp, torch.zeros(2, PIXELS)), path, _extra_files=notes)
+    network: Callable[[Tensor], Tensor] = torch.jit.load(path)
     return network
 
 
-def _write_safetensors(mlp: MLP, path: Path, notes: dict[str, str]) -> None:
-    _library("safetensors.torch").save_file(mlp.state_dict(), path, notes)
+def _safetensors(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    from safetensors.torch import load_file, save_file
 
-
-def _load_safetensors(path: Path) -> Callable[[Tensor], Tensor]:
-    weights = _library("safetensors.torch").load_file(path)
-    network = MLP(len(weights["hidden.bias"]))
-    network.load_state_dict(weights)
+    save_file(mlp.state_dict(), path, notes)
+    network = MLP(mlp.hidden.out_features)
+    network.load_state_dict(load_file(path))
     return network
