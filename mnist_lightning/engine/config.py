@@ -28,7 +28,7 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, in one step: a resumed run needs its config."""
         if run := run_directory(trainer):
-            write_whole(run / "config.yaml", self.parser.dump(self.config, skip_none=False).encode())
+            write_whole(run / "config.yaml", self.parser.dump(self.config, skip_unset=False).encode())
 
 
 def runs_directory(trainer: Any) -> Path:
