@@ -22,7 +22,7 @@ class MNISTCLI(CLI):
 
 def run(model: type[MNISTClassifier] = MNISTClassifier, data: type[MNISTDataModule] = MNISTDataModule) -> int:
     """Run the command line with these classes; return its exit code."""
-    return training.run(lambda: MNISTCLI(model, data, (PredictionWriter,), {"prog": "mnist_lightning"}))
+    return training.run(lambda: MNISTCLI(model, data, (PredictionWriter,)))
 
 
 if __name__ == "__main__":

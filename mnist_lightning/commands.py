@@ -157,7 +157,7 @@ COMMANDS = {"data": data, "read": read, "demo": demo, "export": export_network}
 
 
 def _parser(name: str, description: str) -> Parser:
-    parser = Parser(prog=f"mnist_lightning {name}", description=description)
+    parser = Parser(prog=f"mnist_lightning {name}", description=description, allow_abbrev=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in yaml format")
     return parser
 

@@ -43,12 +43,9 @@ class MNISTDataModule(DeviceDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="root")  # where the files lie does not change the result
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if val_size < 1:
-            raise ValueError(f"val_size must be at least 1, not {val_size}")
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or above, not {seed}")
+        for name, value, least in (("batch_size", batch_size, 1), ("val_size", val_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         self.dataset = dataset
         self.root = Path(root)
         self.batch_size = batch_size

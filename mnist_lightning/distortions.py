@@ -1,4 +1,4 @@
-"""Distorted digits: new training images out of old ones, many minibatches at once."""
+"""Distorted digits: new training images out of old ones."""
 
 import math
 from dataclasses import dataclass

@@ -98,20 +98,7 @@ class FusedStep:
     def update(self) -> None:
         """Update the parameters by AdamW with the current gradients."""
         torch._foreach_add_(self.steps, self.one, alpha=1)
-        torch._fused_adamw_(
-            self.parameters,
-            self.gradients,
-            self.means,
-            self.squares,
-            [],
-            self.steps,
-            lr=self.group["lr"],
-            beta1=self.group["betas"][0],
-            beta2=self.group["betas"][1],
-            weight_decay=self.group["weight_decay"],
-            eps=self.group["eps"],
-            amsgrad=False,
-            maximize=self.group["maximize"],
-            grad_scale=None,
-            found_inf=None,
-        )
+        beta1, beta2 = self.group["betas"]
+        settings = {name: self.group[name] for name in ("lr", "weight_decay", "eps", "maximize")}
+        tensors: list[list[Tensor]] = [self.parameters, self.gradients, self.means, self.squares, [], self.steps]
+        torch._fused_adamw_(*tensors, beta1=beta1, beta2=beta2, amsgrad=False, **settings)

@@ -135,7 +135,7 @@ def run_cli(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunC
 
     def run(command: str, *arguments: str, data: bool = True) -> int:
         small = ["--data.dataset=synthetic", f"--data.root={root}"]
-        if command not in ("data", "export"):
+        if command != "export":
             small.append(f"--data.val_size={VAL_SIZE}")
         monkeypatch.setattr(sys, "argv", ["mnist_lightning", command, *(small if data else []), *arguments])
         from mnist_lightning.__main__ import main

@@ -106,6 +106,22 @@ class AccumulateHook(MNISTClassifier):
         self.mlp.output.bias.register_post_accumulate_grad_hook(lambda _: self.seen.append(self.global_step))
 
 
+class OwnClipping(MNISTClassifier):
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        if self.global_step > 5:  # after the trial
+            self.clip_gradients(optimizer, 0.001, "norm")
+
+
+class OwnLog(MNISTClassifier):
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.seen: list[int] = []
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(self.global_step)
+        super().log(*args, **kwargs)
+
+
 class Frozen(MNISTClassifier):
     def __init__(self) -> None:
         super().__init__(8)
@@ -202,7 +218,17 @@ class ChangesSmoothing(pl.Callback):
 
 
 REFUSED = [OwnStep, OwnForward, OwnNetwork, OwnLayer, Hooked, TensorHook, AccumulateHook, Frozen, StepHook]
-REFUSED += [UsesSGD, UsesOwnAdamW, UsesAMSGrad, UsesSlowAdamW, TwoGroups, OnlyTheOutput, OtherOrder]
+REFUSED += [
+    OwnClipping,
+    OwnLog,
+    UsesSGD,
+    UsesOwnAdamW,
+    UsesAMSGrad,
+    UsesSlowAdamW,
+    TwoGroups,
+    OnlyTheOutput,
+    OtherOrder,
+]
 
 
 @pytest.mark.parametrize("module", REFUSED, ids=lambda module: module.__name__)

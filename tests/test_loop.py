@@ -704,6 +704,18 @@ def rich() -> callbacks.RichProgressBar:
     return callbacks.RichProgressBar(console_kwargs={"file": StringIO()})
 
 
+@pytest.mark.parametrize("bar", [callbacks.TQDMProgressBar, callbacks.RichProgressBar, callbacks.ProgressBar])
+def test_a_progress_bar_with_a_batch_hook_of_its_own(bar: Any, tmp_path: Path) -> None:
+    seen = []
+
+    class Counts(bar):
+        def on_train_batch_end(self, *args: Any) -> None:
+            seen.append(1)
+
+    fit(Trainer, tmp_path / "a", Foreign, loader, lambda: [Counts()], {"enable_progress_bar": True})
+    assert len(seen) == 2 * PER_EPOCH
+
+
 NOT_WATCHED: dict[str, tuple[Make, Settings]] = {
     "ModelCheckpoint": (lambda: [callbacks.ModelCheckpoint(monitor="train_loss", save_last=True)], {}),
     "ModelCheckpoint by time": (lambda: [callbacks.ModelCheckpoint(train_time_interval=timedelta(hours=1))], {}),

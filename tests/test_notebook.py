@@ -9,7 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from conftest import slow
+from conftest import VAL_SIZE, slow
 from nbclient import NotebookClient
 
 TRAINS = """
@@ -32,7 +32,7 @@ sys.argv[1:] = ["fit", "--data.dataset=synthetic", "--data.root={root}", "--data
 sys.argv += ["--trainer.max_epochs=1", "--model.hidden_dim=8"]
 assert main() == 0
 """
-COMMANDS = "!{sys.executable} -m mnist_lightning data --data.dataset=synthetic --data.root={root}"
+COMMANDS = "!{sys.executable} -m mnist_lightning data --data.dataset=synthetic --data.root={root} --data.val_size=200"
 
 
 def text(outputs: list[Any]) -> str:
@@ -56,6 +56,7 @@ def test_a_kernel_trains_and_shows(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["module://nowhere.backend_inline", slow("inlined")])
 def test_a_backend_that_is_not_here_does_not_matter(tmp_path: Path, root: Path, backend: str) -> None:
     command = [sys.executable, "-m", "mnist_lightning", "data", "--data.dataset=synthetic", f"--data.root={root}"]
+    command.append(f"--data.val_size={VAL_SIZE}")
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True
     )

@@ -298,7 +298,7 @@ def test_a_process_that_hangs_takes_the_run_down_within_a_minute(
 def test_one_process_makes_the_data_for_all(tmp_path: Path, start_all: StartAll) -> None:
     arguments = ["fit", "--data.dataset=synthetic", "--data.val_size=200", "--trainer.max_steps=1"]
     assert ended(start_all(tmp_path, arguments, 2)) == [0, 0], output(tmp_path)
-    assert "Drawing stand-in digits" in output(tmp_path, 0)
+    assert "Drawing 1,250 stand-in digits" in output(tmp_path, 0)
     assert output(tmp_path, 1) == ""
 
 

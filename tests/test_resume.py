@@ -208,7 +208,12 @@ CASES: dict[str, tuple[Any, Any, Settings, Settings]] = {
         {"val_check_interval": 4, "max_epochs": 2, "more": lambda: [after_validation()]},
         {},
     ),
-    "no validation": (Foreign, loader, {"limit_val_batches": 0, "max_epochs": 2}, {}),
+    "no validation": (
+        Foreign,
+        loader,
+        {"limit_val_batches": 0, "more": lambda: [every(PER_EPOCH)]},
+        {},
+    ),
     "accumulates": (Foreign, loader, {"accumulate_grad_batches": 2, "log_every_n_steps": 3, "max_epochs": 2}, {}),
     **{
         module.__name__: (module, loader, guarded(module), {})
@@ -218,7 +223,16 @@ CASES: dict[str, tuple[Any, Any, Settings, Settings]] = {
 }
 
 
-QUICK = ["plain", "random transform", "max_steps, fused", "validates within", "accumulates", "ChannelsLast", "OneCycle"]
+QUICK = [
+    "plain",
+    "no validation",
+    "random transform",
+    "max_steps, fused",
+    "validates within",
+    "accumulates",
+    "ChannelsLast",
+    "OneCycle",
+]
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in CASES])

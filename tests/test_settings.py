@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from conftest import RunCLI, assert_the_same, everything
+from conftest import VAL_SIZE, RunCLI, assert_the_same, everything
 from lightning.pytorch.callbacks import RichProgressBar
 from PIL import Image
 from rich.progress import Progress
@@ -351,7 +351,8 @@ def test_a_second_run_in_one_process_adds_no_filter(run_cli: RunCLI) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["data"], ["fit", "--help"]], ids=["data", "help"])
 def test_the_reader_of_the_output_may_leave(root: Path, tmp_path: Path, arguments: list[str]) -> None:
-    small = [] if "--help" in arguments else ["--data.dataset=synthetic", f"--data.root={root}"]
+    data = ["--data.dataset=synthetic", f"--data.root={root}", f"--data.val_size={VAL_SIZE}"]
+    small = [] if "--help" in arguments else data
     command = shlex.join([sys.executable, "-m", "mnist_lightning", *arguments, *small])
     pipe = ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"]
     done = subprocess.run(pipe, cwd=tmp_path, capture_output=True, text=True)

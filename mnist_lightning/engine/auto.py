@@ -32,10 +32,9 @@ def job() -> str | None:
 
 def begin(trainer: pl.Trainer, config: Any) -> None:
     """Let the run's directory say from its first moment on what was begun with `fit`'s settings."""
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            content = json.dumps({"job": job(), "settings": _settings(config)}, indent=4)
-            logger.unfinished = UNFINISHED, content
+    if isinstance(trainer.logger, RunLogger):
+        content = json.dumps({"job": job(), "settings": _settings(config)}, indent=4)
+        trainer.logger.unfinished = UNFINISHED, content
 
 
 def finish(trainer: pl.Trainer) -> None:
@@ -50,20 +49,19 @@ def find(runs: Path, config: Any) -> tuple[str | None, Path | None, int | None]:
     It is the newest run of this job or, where there is no job, of anybody, that is unfinished, has the same settings of
     model, data and seed, and is held by no other process.
 
-    Args:
-        runs: The directory of the runs.
-        config: The settings of `fit`.
-
     Returns:
         The checkpoint, or None where there is none; in the first process also the run's directory, and its lock.
     """
+    devices = config.trainer.devices
+    # A script that asked SLURM for many processes may run a single one.
+    several = str(len(devices) if isinstance(devices, list) else devices) != "1" or config.trainer.num_nodes > 1
     launcher = processes.launcher()
     environment = launcher() if launcher else None
     number = environment.global_rank() if environment else rank()
     run, lock = _newest(runs, _settings(config)) if number == 0 else (None, None)
     last = run / "checkpoints" / "last.ckpt" if run else None
     checkpoint = str(last) if last and last.is_file() else None
-    if environment and _is_one_of_several(config.trainer):
+    if environment and several:
         decision = [checkpoint]
         processes.meet(environment, config.trainer.accelerator)
         torch.distributed.broadcast_object_list(decision)
@@ -91,13 +89,5 @@ def _newest(runs: Path, settings: Any) -> tuple[Path | None, int | None]:
 
 
 def _settings(config: Any) -> Any:
-    names = {"model", "data", "seed_everything"}
-    return json.loads(
-        json.dumps({name: value for name, value in config.as_dict().items() if name in names}, default=str)
-    )
-
-
-def _is_one_of_several(trainer: Any) -> bool:
-    """Whether the launcher's processes work together: a script that asked SLURM for many may run a single one."""
-    devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
-    return str(devices) != "1" or trainer.num_nodes > 1
+    settings = {name: part for name, part in config.as_dict().items() if name in ("model", "data", "seed_everything")}
+    return json.loads(json.dumps(settings, default=str))

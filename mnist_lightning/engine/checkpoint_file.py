@@ -79,12 +79,10 @@ def find(name: str, runs: Path) -> Path:
             raise CheckpointError(f"there is no checkpoint {name}")
         return Path(name)
     # Each run has the two, if it was validated; what only tests has a directory too, and no checkpoints.
-    directories = (run / "checkpoints" for run in numbered_runs(runs))
-    trained = (each for each in directories if any((each / f"{kind}.ckpt").exists() for kind in ("best", "last")))
-    newest = next(trained, None)
+    newest = next((run for run in numbered_runs(runs) if any(run.glob("checkpoints/*.ckpt"))), None)
     if newest is None:
         raise CheckpointError(f"there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
-    path = newest / f"{name}.ckpt"
+    path = newest / "checkpoints" / f"{name}.ckpt"
     if not path.is_file():
         ways = "give `last`, or a path for another run's" if name == "best" else "give a path"
         raise CheckpointError(f"there is no {path}: the newest run has not come to it; {ways}")

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .checkpoint_file import write_whole
+from .processes import agree
 from .run import rank, run_directory
 
 
@@ -91,7 +92,10 @@ class BestAndLast(Checkpoint):
 
     def on_iteration_end(self, trainer: pl.Trainer) -> None:
         """Save, if it is due. `on_train_batch_end` would be too early: Lightning logs after it."""
-        self._save_if_due(trainer)
+        n = self.observe_every
+        ends = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        if self._signal_to_any(trainer) or ends or (n and trainer.global_step // n > self._saved // n):
+            self._save_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
@@ -102,7 +106,7 @@ class BestAndLast(Checkpoint):
                 self._best, self._improved = value, True
         if not trainer.is_last_batch:
             self._save_best(trainer)
-            self._save_if_due(trainer)
+            self.on_iteration_end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save_best(trainer)
@@ -118,9 +122,6 @@ class BestAndLast(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._restore_handlers()
-
     def best(self, trainer: pl.Trainer) -> Path | None:
         """The best checkpoint of the run, if it has one yet; each process has to ask."""
         path = self.path(trainer, "best")
@@ -130,12 +131,6 @@ class BestAndLast(Checkpoint):
     def path(trainer: pl.Trainer, name: str) -> Path:
         """Where `best` or `last` is saved, by the first process."""
         return (run_directory(trainer) or Path(trainer.default_root_dir)) / "checkpoints" / f"{name}.ckpt"
-
-    def _save_if_due(self, trainer: pl.Trainer) -> None:
-        n = self.observe_every
-        ends = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        if self._signal_to_any(trainer) or ends or (n and trainer.global_step // n > self._saved // n):
-            self._save_last(trainer)
 
     def _save_best(self, trainer: pl.Trainer) -> None:
         if self._improved:
@@ -160,8 +155,7 @@ class BestAndLast(Checkpoint):
 
     def _signal_to_any(self, trainer: pl.Trainer) -> int:
         """The signal that one of the processes was sent, or 0: they save and stop together."""
-        signum = torch.tensor(self._signum or 0, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(signum, reduce_op="max"))
+        return agree(trainer.strategy, self._signum or 0, "max")
 
     def _restore_handlers(self) -> None:
         for signum, handler in self._handlers.items():
@@ -182,8 +176,7 @@ class FiniteLosses(pl.Callback):
         self._check(trainer, [outputs["loss"]] if outputs else [])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_last_batch:  # a quiet iteration has ended training
-            self._check(trainer, [])
+        self._check(trainer, [])  # a quiet iteration may have ended training
 
     def _check(self, trainer: pl.Trainer, visited: list[torch.Tensor]) -> None:
         losses = [*getattr(trainer, "quiet_losses", []), *visited]

@@ -4,29 +4,29 @@ import contextlib
 import inspect
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args
 
 import lightning.pytorch as pl
 from jsonargparse.typing import NonNegativeInt
-from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from . import auto, processes
 from .checkpoint_file import CheckpointError, find, load_checkpoint
 from .checkpoint_io import CheckpointIO
 from .checkpoints import BestAndLast, FiniteLosses
 from .config import SaveConfig, runs_directory
-from .guard import ExactResumption, refuse_manual_optimization
+from .guard import ExactResumption
 from .loop import Trainer
 from .main import TRAINER_COMMANDS
-from .parser import Parser, UsageError, check_values, keep_limits_whole, shorter
+from .parser import Parser, UsageError, check_values, shorter
 from .progress import EpochBar
 from .report import Report
-from .run import RUNS
-from .tensorboard import RunLogger, discard, say_where
+from .run import PROGRAM, RUNS, run_directory, say
+from .tensorboard import RunLogger
 
 
 class LightningParser(Parser, LightningArgumentParser):
@@ -40,7 +40,6 @@ class CLI(LightningCLI):
         model_class: The `LightningModule`.
         datamodule_class: The `LightningDataModule`.
         callbacks: Callbacks that every Trainer gets, without settings of their own.
-        parser_kwargs: For the parser: what `--help` says.
     """
 
     def __init__(
@@ -48,10 +47,9 @@ class CLI(LightningCLI):
         model_class: type[pl.LightningModule],
         datamodule_class: type[pl.LightningDataModule],
         callbacks: tuple[type[pl.Callback], ...] = (),
-        parser_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.callbacks, self.network_class = callbacks, model_class
-        keep_limits_whole()
+        _keep_limits_whole()
         super().__init__(
             model_class,
             datamodule_class,
@@ -67,7 +65,8 @@ class CLI(LightningCLI):
                 "enable_model_summary": False,
             },
             seed_everything_default=0,
-            parser_kwargs=parser_kwargs,
+            # A setting that does not exist must not be taken for one that begins in the same way.
+            parser_kwargs={"prog": PROGRAM, "allow_abbrev": False},
             parser_class=LightningParser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -96,35 +95,36 @@ class CLI(LightningCLI):
         config = self.config[self.config.subcommand]
         self._runs = runs_directory(config.trainer)
         self._run: Path | None = None
-        self._checkpoint: str | None = None
         self._lock: int | None = None
         if config.ckpt_path == "auto" and self.config.subcommand == "fit":
             config.ckpt_path, self._run, self._lock = auto.find(self._runs, config)
         if config.ckpt_path:
-            self._take_checkpoint(parser, args)
+            self._take_checkpoint(parser)
         elif self.config.subcommand != "fit":
             raise UsageError("ckpt_path: which weights? Give `best` or `last` of the newest run, or a path")
         check_values(self.config[self.config.subcommand])
 
-    def _take_checkpoint(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def _take_checkpoint(self, parser: LightningArgumentParser) -> None:
         """Take the settings of a checkpoint's run and of its network; other ones are refused, not overruled."""
         command = self.config.subcommand
         fits = command == "fit"
         try:
             path = find(self.config[command].ckpt_path, self._runs)
             checkpoint = load_checkpoint(path, self.network_class)
-            if fits:
-                refuse_manual_optimization(checkpoint)
-        except (CheckpointError, MisconfigurationException) as error:
+            # A setting of older versions only, which took several steps in one `training_step`.
+            if fits and "steps_per_execution" in checkpoint.get("datamodule_hyper_parameters", {}):
+                raise CheckpointError(
+                    "the checkpoint is of an older version of this program, whose runs cannot be resumed; its weights "
+                    "still load for all other commands"
+                )
+        except CheckpointError as error:
             raise UsageError(f"ckpt_path: {error}") from error
         run = path.resolve().parent.parent
         if fits and run.parent == self._runs.resolve():
             # Goes on in its own directory, with its own settings where the command gives no others.
             self._run = run
             if (run / "config.yaml").is_file():
-                arguments = sys.argv[1:] if args is None else list(map(str, args))
-                config = ["--config", str(run / "config.yaml")]
-                super().parse_arguments(parser, ["fit", *config, *arguments[1:]])
+                self.config = parser.parse_args(["fit", "--config", str(run / "config.yaml"), *sys.argv[2:]])
         settings, hparams = self.config[command].model, checkpoint["hyper_parameters"]
         # A subclass may hand settings on to its base.
         signatures = (inspect.signature(kind).parameters.items() for kind in reversed(self.network_class.__mro__[:-1]))
@@ -134,17 +134,11 @@ class CLI(LightningCLI):
             if settings[name] not in (value, value if self._run else defaults[name]):
                 ways = "; leave that out, or give it to a new run, without --ckpt_path" if fits else ""
                 raise UsageError(f"model.{name} is {settings[name]}, but the checkpoint was trained with {value}{ways}")
-        self.config = parser.parse_object({command: {"model": hparams}}, self.config)
         if fits and self.config[command].data.get("dataset") == "auto":
             found = {"dataset": checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")}
             with contextlib.suppress(UsageError):  # a data module of the user's may have but one
                 self.config = parser.parse_object({command: {"data": found}}, self.config)
-        # Kept from LightningCLI, which would let the checkpoint's settings win over all others without a word.
-        self._checkpoint, self.config[command].ckpt_path = str(path), None
-
-    def before_instantiate_classes(self) -> None:
-        """Give the checkpoint back, for the Trainer."""
-        self.config[self.subcommand].ckpt_path = self._checkpoint
+        self.config[command].ckpt_path = str(path)  # whose settings LightningCLI takes over next
 
     def instantiate_classes(self) -> None:
         """Report a setting that is out of range as a usage error."""
@@ -161,19 +155,16 @@ class CLI(LightningCLI):
                 self._runs.parent,
                 name=RUNS,
                 version=self._run.name if self._run else None,
-                log_graph=not (self._run and self._checkpoint),
+                log_graph=not (self._run and self.config[self.subcommand].ckpt_path),
                 default_hp_metric=False,
             )
         callbacks, plugins = (
             given if isinstance(given, list) else [given] if given else []
             for given in (config.callbacks, config.plugins)
         )
-        if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
-            raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
-        ours = (ExactResumption(self._lock), processes.Timeout(), processes.OwnRandomNumbers())
         self._report = Report()
-        callbacks = [*ours, *callbacks, FiniteLosses(), self._report]
-        callbacks += [kind() for kind in self.callbacks]
+        ours = (FiniteLosses(), self._report, *(kind() for kind in self.callbacks))
+        callbacks = [ExactResumption(self._lock), processes.SeveralProcesses(), *callbacks, *ours]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
                 callbacks.append(EpochBar(theme=RichProgressBarTheme(metrics_format=".2f")))
@@ -202,11 +193,11 @@ class CLI(LightningCLI):
         try:
             self.trainer.fit(**kwargs)
         except Exception as error:
-            if self._report.has_begun:
-                raise
-            discard(self.trainer)
-            if isinstance(error, ValueError | TypeError):
-                raise UsageError(str(error)) from error
+            if not self._report.has_begun:
+                if isinstance(self.trainer.logger, RunLogger):
+                    self.trainer.logger.discard()
+                if isinstance(error, ValueError | TypeError):
+                    raise UsageError(str(error)) from error
             raise
         if self.config.fit.test_after_fit:
             best = None
@@ -229,7 +220,18 @@ class CLI(LightningCLI):
         self.trainer.test(**kwargs, verbose=False)
 
     def after_fit(self) -> None:
-        """Say where the run is."""
-        say_where(self.trainer)
+        """Say where the run is, and how to look at it."""
+        if run := run_directory(self.trainer):
+            say(f"Run: {run}")
+            if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
+                say(f"Look at it: tensorboard --logdir {run.parent}")
 
     after_validate = after_test = after_predict = after_fit
+
+
+def _keep_limits_whole() -> None:
+    # Of equal types `typing` may take another module's, and `limit_val_batches: 1` would be 1.0, all minibatches.
+    annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
+    for name, hint in annotations.items():
+        if {int, float} <= set(get_args(hint)):
+            annotations[name] = Union[(int, *get_args(hint))]

@@ -1,6 +1,5 @@
 """The settings of a run: where they have it written, and `config.yaml`, which can be read again."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,6 @@ def readable(value: Any) -> Any:
         return {key: readable(part) for key, part in value.items() if not str(part).startswith(f"{NO_TEXT}<")}
     if isinstance(value, list):
         return [readable(part) for part in value]
-    if isinstance(value, Enum):
-        return value.value
     return value.removeprefix(NO_TEXT) if isinstance(value, str) else value
 
 

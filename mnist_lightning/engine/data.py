@@ -17,9 +17,6 @@ from torch import Tensor
 # epochs would get slower and slower. Threads take the setting over when they start: hence here, before any work.
 torch.set_flush_denormal(True)
 
-# Minibatches that are augmented at once: one at a time would take longer.
-AHEAD = 10
-
 
 class Augmentation(Protocol):
     """Makes new training inputs out of old ones, each with random numbers of its own."""
@@ -116,19 +113,22 @@ class DeviceLoader:
         self._done = resume["done"] if resume["epoch"] == self.epoch else 0
         order, seeds = self._order()
         minibatches = order.to(self.targets.device).split(self.batch_size)
-        augmented = self._augmented(minibatches, seeds, self._done) if self.augmentation else None
-        for minibatch in minibatches[self._done :]:
-            inputs = next(augmented) if augmented else None
-            part = self._part(minibatch)  # after the augmentation, which is ahead: the weight is this minibatch's
-            self._done += 1
-            targets = self.targets.index_select(0, part)
+        for minibatch, seed in zip(minibatches[self._done :], seeds[self._done :], strict=True):
+            part = self._part(minibatch)
+            inputs, targets = self.inputs.index_select(0, part), self.targets.index_select(0, part)
+            inputs = inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs
             targets = targets.long() if targets.dtype == torch.uint8 else targets
-            yield self._take(part) if inputs is None else inputs, targets
+            if self.augmentation:
+                # Drawn for the whole minibatch, so that several processes see what one would.
+                noise = uniform_noise(len(minibatch), self.augmentation.draws, seed, inputs.device)
+                inputs = self.augmentation(inputs, self._part(noise))
+            self._done += 1
+            yield inputs, targets
 
     def _order(self) -> tuple[Tensor, list[int]]:
         """Indices of the epoch's examples, (N,), and a seed for each minibatch."""
         if self.shuffle_seed is None:
-            return torch.arange(len(self.targets), dtype=torch.int32), []
+            return torch.arange(len(self.targets), dtype=torch.int32), [0] * len(self)
         # Mixed by NumPy, since seed + epoch would give neighbouring seeds nearly the same epochs.
         mixed = np.random.SeedSequence((self.shuffle_seed, self.epoch)).generate_state(1 + len(self))
         shuffle, *seeds = map(int, mixed)
@@ -144,23 +144,6 @@ class DeviceLoader:
         self.part_weight = len(part) * self.world_size / len(minibatch)
         # A mean over no example would not be a number, and no weight would make it one.
         return part if len(part) or self.shuffle_seed is None else minibatch[:1]
-
-    def _take(self, index: Tensor) -> Tensor:
-        inputs = self.inputs.index_select(0, index)
-        return inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs
-
-    def _augmented(self, minibatches: tuple[Tensor, ...], seeds: list[int], done: int) -> Iterator[Tensor]:
-        """Inputs from minibatch `done` on, augmented in groups that are the same wherever an epoch is resumed."""
-        assert self.augmentation
-        for start in range(done - done % AHEAD, len(minibatches), AHEAD):
-            group = minibatches[start : start + AHEAD]
-            # Drawn for whole minibatches, so that several processes see what one would.
-            noise = [
-                self._part(uniform_noise(len(minibatch), self.augmentation.draws, seed, self.inputs.device))
-                for minibatch, seed in zip(group, seeds[start : start + AHEAD], strict=True)
-            ]
-            inputs = self._take(torch.cat([self._part(minibatch) for minibatch in group]))
-            yield from self.augmentation(inputs, torch.cat(noise)).split(list(map(len, noise)))[max(0, done - start) :]
 
 
 class DeviceDataModule(pl.LightningDataModule):

@@ -14,6 +14,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 # it returns the loss, (), or, with nothing done, None for a batch that is not like the first.
 FastStep: TypeAlias = Callable[[Any], Tensor | None]
 
+# What it stands for: methods that have to be those of the module that has it.
+STEP = ("training_step", "forward", "backward", "configure_gradient_clipping", "log", "log_dict")
+
 
 def make(trainer: pl.Trainer, batch: Any) -> FastStep | None:
     """The module's fast step for batches like this one; another network or optimizer may not have what it looks for."""
@@ -48,11 +51,7 @@ def try_out(
 
 
 def allowed(trainer: pl.Trainer) -> bool:
-    """Whether there is a fast step, and an ordinary one would do nothing but what the author of that saw.
-
-    So there is one process on a CPU, in one precision, without clipping; all parameters are trained; nothing hooks into
-    the network, its parameters or the optimizer; and no subclass has another `training_step` or `forward`.
-    """
+    """Whether there is a fast step, and nothing here that its author could not know of, as a hook or a subclass."""
     module, (optimizer,) = trainer.lightning_module, trainer.optimizers
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
@@ -61,7 +60,7 @@ def allowed(trainer: pl.Trainer) -> bool:
         and trainer.world_size == 1
         and type(trainer.precision_plugin) in (Precision, DoublePrecision)
         and not trainer.gradient_clip_val
-        and all(_is_of_the_author(module, name) for name in ("training_step", "forward", "backward"))
+        and all(_is_of_the_author(module, name) for name in STEP)
         and not torch.nn.modules.module._has_any_global_hook()
         and not any(getattr(part, name) for part in module.modules() for name in hooks)
         and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
@@ -77,8 +76,5 @@ def _is_of_the_author(module: pl.LightningModule, name: str) -> bool:
     author = next((c for c in classes if "fast_step" in vars(c)), object)  # not of a class, if set on the instance
     owner = next(c for c in classes if name in vars(c))
     function = vars(owner)[name]
-    replaced = name in vars(module) or (function.__module__, function.__qualname__.split(".")[0]) != (
-        owner.__module__,
-        owner.__qualname__.split(".")[0],
-    )
-    return issubclass(author, owner) and not replaced
+    is_its_own = (function.__module__, function.__qualname__) == (owner.__module__, f"{owner.__qualname__}.{name}")
+    return issubclass(author, owner) and is_its_own and name not in vars(module)

@@ -22,8 +22,8 @@ class ExactResumption(pl.Callback):
     """Holds the lock on a run's directory, ends a run that had ended early, and refuses what would not go on exactly.
 
     Raises:
-        MisconfigurationException: Another process trains in the directory; or the checkpoint is from a run by manual
-            optimization, or has another number of iterations in an epoch or in the schedule of the learning rate.
+        MisconfigurationException: Another process trains in the directory; or the checkpoint has another number of
+            iterations in an epoch or in the schedule of the learning rate.
     """
 
     def __init__(self, lock: int | None = None) -> None:
@@ -45,7 +45,6 @@ class ExactResumption(pl.Callback):
         if data and isinstance(limit, float) and 0 < limit < 1 and int(limit * len(data.test_dataloader())) == 0:
             raise MisconfigurationException(f"limit_test_batches {limit} is less than one minibatch; give 0 for none")
         if self._checkpoint:
-            refuse_manual_optimization(self._checkpoint)
             _restore_schedules(trainer, self._checkpoint)
             _check_optimizers(trainer, self._checkpoint)
             # Else Lightning would train another epoch before it asks again.
@@ -68,16 +67,12 @@ class ExactResumption(pl.Callback):
                 for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
                     group["lr"] = rate
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release_lock()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release_lock()
-
-    def _release_lock(self) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    on_exception = teardown
 
 
 def early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
@@ -96,21 +91,6 @@ def hold(run: Path) -> int | None:
         return lock(run)
     except BlockingIOError as error:
         raise MisconfigurationException(f"another process is training in {run}") from error
-
-
-def refuse_manual_optimization(checkpoint: dict[str, Any]) -> None:
-    """Refuse a checkpoint of this program's older versions, which took several steps in one `training_step`.
-
-    Raises:
-        MisconfigurationException: It is such a one. Its weights can be loaded all the same.
-    """
-    # Only they saved `rng_states`, and before the first iteration, too.
-    manual = checkpoint["loops"]["fit_loop"].get("epoch_loop.manual_optimization.optim_step_progress")
-    if "rng_states" in checkpoint or (manual and manual["total"]["completed"]):
-        raise MisconfigurationException(
-            "the checkpoint is of an older version of this program, whose runs cannot be resumed; its weights still "
-            "load for all other commands"
-        )
 
 
 def _restore_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

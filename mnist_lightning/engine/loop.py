@@ -1,5 +1,6 @@
 """Lightning's training loop, which visits only the iterations that somebody observes, and the `Trainer` that has it."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -67,27 +68,23 @@ class QuietLoop(_TrainingEpochLoop):
     _step: QuietStep | None = None
     _validates_to_stop = False
 
-    def run(self, data_fetcher: _DataFetcher) -> None:
-        """Run an epoch. Its first iteration is visited: what follows is decided by what it left."""
-        self._visited = False
-        self.trainer.quiet_losses.clear()
-        self._pace = 1  # iterations that take about as long as `LOOK_EVERY`
-        super().run(data_fetcher)
-
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """Begin an epoch, or go on within one, also with a loader that cannot say how far it was."""
-        begins = self.trainer.current_epoch > 0 and not self.restarting
-        self.trainer.fit_loop.prepare_loader(begins, self.batch_progress.current.ready)
+        self._visited = False  # the first iteration is visited: what follows is decided by what it left
+        self._pace = 1  # iterations that take about as long as `LOOK_EVERY`
+        self.trainer.quiet_losses.clear()
+        self.trainer.fit_loop.prepare_loader()
         super().on_run_start(data_fetcher)
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Run the quiet iterations that are next, if any, and then visit one."""
         if self._visited and self._run_quietly(data_fetcher):
             return
-        self._visited, self.trainer.visit = True, False
-        if self.batch_progress.current.ready == 0:
-            self.trainer.fit_loop.random.before_batch = torch.get_rng_state()
+        self.trainer.visit, before = False, self.batch_progress.current.ready
+        if before == 0:
+            self.trainer.fit_loop.before_batch = torch.get_rng_state()
         super().advance(data_fetcher)
+        self._visited = self.batch_progress.current.ready > before  # not where a resumed run goes back to a validation
         self.trainer.quiet_losses.clear()
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
@@ -121,12 +118,12 @@ class QuietLoop(_TrainingEpochLoop):
         by_epoch = any(result.meta.on_epoch and result.meta.fx == "training_step" for result in self._results.values())
         step, progress, connector = self._step, self.batch_progress, trainer._logger_connector
         step.prepare(may_be_fast=not by_epoch)
-        lean, schedules = step.lean, trainer.lr_scheduler_configs
+        schedules = trainer.lr_scheduler_configs
         stops, goes_on = False, True
-        with _QuietLog(trainer.lightning_module, self._results):
+        with _quiet_log(trainer.lightning_module, self._results):
             while goes_on:
                 batch, _, _ = next(fetcher)
-                if not (lean and watchers.is_on(device, batch)):
+                if not (step.lean and watchers.is_on(device, batch)):
                     batch = trainer.precision_plugin.convert_input(batch)
                     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
                     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -153,23 +150,20 @@ class QuietLoop(_TrainingEpochLoop):
     def _turns(self, count: int, clocked: list[int]) -> Iterator[bool]:
         """Yield True before each quiet iteration. Several processes agree on as many as take about `LOOK_EVERY`."""
         trainer, started = self.trainer, time.monotonic()
-        if not isinstance(trainer.strategy, DDP):
-            for _ in range(count):
-                yield True
-                late = clocked and time.monotonic() - started > LOOK_EVERY
-                if trainer.visit or (late and any((self.batch_idx + 2) % every == 0 for every in clocked)):
-                    return
-            return
-        while True:  # also where nothing is left to this process: another one may not know
+        several = isinstance(trainer.strategy, DDP)
+        while True:  # in several processes also where nothing is left to this one: another one may not know
             now = time.monotonic()
-            asked = trainer.visit or trainer.should_stop or (clocked and now - started > LOOK_EVERY)
-            agreed = agree(trainer.strategy, 0 if asked else min(count, self._pace))
-            if agreed == 0:
+            is_late = now - started > LOOK_EVERY
+            looks = is_late and any(several or (self.batch_idx + 2) % every == 0 for every in clocked)
+            turns = 0 if trainer.visit or trainer.should_stop or looks else min(count, self._pace)
+            turns = agree(trainer.strategy, turns) if several else turns
+            if turns <= 0:
                 return
-            for _ in range(agreed):
+            for _ in range(turns):
                 yield True
-            count -= agreed
-            self._pace = max(1, min(AT_MOST, int(agreed * LOOK_EVERY / max(time.monotonic() - now, 1e-9))))
+            count -= turns
+            if several:
+                self._pace = max(1, min(AT_MOST, int(turns * LOOK_EVERY / max(time.monotonic() - now, 1e-9))))
 
     def _unobserved(self, fetcher: _DataFetcher) -> tuple[int, list[int]]:
         """Iterations before the next observed one; and of which multiples one is observed earlier, by the clock."""
@@ -202,46 +196,40 @@ class QuietLoop(_TrainingEpochLoop):
         return 0 if watched else int(min(due)) - 1, clocked
 
 
-class _QuietLog:
-    """`self.log` in quiet iterations: it keeps the same values, and checks the arguments of like calls only once."""
+@contextlib.contextmanager
+def _quiet_log(module: pl.LightningModule, results: Any) -> Iterator[None]:
+    """Let `self.log` keep the same values in quiet iterations, but check the arguments of like calls only once."""
+    log, known, unreduced = module.log, dict[Any, Any](), dict[str, tuple[Any, Tensor]]()
 
-    def __init__(self, module: pl.LightningModule, results: Any) -> None:
-        self.module, self.results, self.log = module, results, module.log
-        self.known: dict[Any, Any] = {}
-        self.unreduced: dict[Any, tuple[Any, Tensor]] = {}
-        self.is_swapped = False
-
-    def __enter__(self) -> None:
-        self.module._current_fx_name = "training_step"
-        # A `training_step` on the instance is a compiled one, and would be compiled anew.
-        if "training_step" not in vars(self.module) and not watchers.is_overridden(
-            "log", self.module, pl.LightningModule
-        ):
-            self.is_swapped = True
-            self.module.log = self  # type: ignore[method-assign]
-
-    def __exit__(self, error: object, *_: object) -> None:
-        self.module._current_fx_name = None
-        if self.is_swapped:
-            del self.module.log
-        for metric, value in () if error else self.unreduced.values():
-            metric.forward(value, 1)
-
-    def __call__(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    def quietly(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         key = (name, *args, *kwargs.items())
-        metric = self.known.get(key)
+        metric = known.get(key)
         is_scalar = type(value) is Tensor and value.dim() == 0 and value.dtype in (torch.float32, torch.float64)
         if metric is None or (metric.is_tensor and not is_scalar):
-            self.log(name, value, *args, **kwargs)
-            self.known[key] = self.results.get(f"training_step.{name}")  # none with `Trainer(barebones=True)`
+            log(name, value, *args, **kwargs)
+            known[key] = results.get(f"training_step.{name}")  # none with `Trainer(barebones=True)`
         elif metric.is_tensor and not metric.meta.on_epoch:
             # Only the last one counts, so that several processes need to reduce no other.
             metric.value = metric._forward_cache = value.detach().clone()
             metric.has_reset = False
             if metric.meta.sync.should:
-                part_weight = getattr(self.module.trainer.strategy, "part_weight", 1.0)
-                self.unreduced[name] = metric, metric.value * part_weight
+                part_weight = getattr(module.trainer.strategy, "part_weight", 1.0)
+                unreduced[name] = metric, metric.value * part_weight
         else:
-            size = self.results._extract_batch_size(metric, kwargs.get("batch_size"), metric.meta)
+            size = results._extract_batch_size(metric, kwargs.get("batch_size"), metric.meta)
             metric.forward(value.detach() if metric.is_tensor else value, size)
             metric.has_reset = False
+
+    # A `training_step` on the instance is a compiled one, and would be compiled anew.
+    swaps = "training_step" not in vars(module) and not watchers.is_overridden("log", module, pl.LightningModule)
+    module._current_fx_name = "training_step"
+    if swaps:
+        module.log = quietly  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        module._current_fx_name = None
+        if swaps:
+            del module.log
+    for metric, value in unreduced.values():
+        metric.forward(value, 1)

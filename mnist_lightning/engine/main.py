@@ -48,9 +48,10 @@ def _run(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
             command(sys.argv[2:])
         elif name in ("-h", "--help"):
             say(_help(commands, description))
-        else:
-            _check_command(name, [*TRAINER_COMMANDS, *commands])
+        elif name in TRAINER_COMMANDS:
             return train()
+        else:
+            raise UsageError(_wrong_command(name, [*TRAINER_COMMANDS, *commands]))
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
@@ -66,11 +67,6 @@ def _run(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
         return _fail(error, 1)
 
 
-def debugs() -> bool:
-    """Whether tracebacks are asked for."""
-    return os.environ.get(f"{PROGRAM.upper()}_DEBUG") == "1"
-
-
 def _help(commands: Mapping[str, Callable[[list[str]], None]], description: str) -> str:
     listed = TRAINER_COMMANDS | {name: str(command.__doc__).partition("\n")[0] for name, command in commands.items()}
     lines = [f"  {name:<10}{does}" for name, does in listed.items()]
@@ -78,23 +74,20 @@ def _help(commands: Mapping[str, Callable[[list[str]], None]], description: str)
     return "\n".join([usage, "", description, "", *lines, "", "Each lists its settings with COMMAND --help."])
 
 
-def _check_command(name: str, names: list[str]) -> None:
+def _wrong_command(name: str, names: list[str]) -> str:
     # Lightning's error would name its own commands only, and not say that the settings after a command are its own.
-    if name in names:
-        return
     if name.startswith("-"):
         command = next((argument for argument in sys.argv if argument in names), names[0])
-        raise UsageError(f"the command comes first, and its settings after it: {command} {name}")
+        return f"the command comes first, and its settings after it: {command} {name}"
     problem = f"there is no command {name}" if name else "a command is missing"
-    raise UsageError(problem + did_you_mean(name, names, f"; give {', '.join(names[:-1])} or {names[-1]}"))
+    return problem + did_you_mean(name, names, f"; give {', '.join(names[:-1])} or {names[-1]}")
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    if debugs() and isinstance(error, Exception):
+    if os.environ.get(f"{PROGRAM.upper()}_DEBUG") == "1" and isinstance(error, Exception):
         raise error
-    message = " ".join(str(error).split()) or type(error).__name__
     # A damaged file's content must not reach the terminal's control codes, nor a closed console hide the exit code.
-    message = printable(message)
+    message = printable(" ".join(str(error).split())) or type(error).__name__
     if rank():
         # Where all fail, the first one speaks for all: torchrun, and `end_with_launcher`, mostly end this one before.
         time.sleep(3)

@@ -1,27 +1,19 @@
 """An argument parser whose errors say in one line which setting is wrong and how. It starts without Lightning."""
 
 import difflib
-import inspect
 import os
 import re
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args
+from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
 
-# What Lightning does not check: the least value, and the one that means no limit.
-TRAINER_MINIMA = {
-    "max_epochs": (1, -1),
-    "max_steps": (1, -1),
-    "check_val_every_n_epoch": (1, None),
-    "num_sanity_val_steps": (0, -1),
-    "log_every_n_steps": (0, None),
-    "accumulate_grad_batches": (1, None),
-    "gradient_clip_val": (0, None),
-}
+# What Lightning does not check: the least value of what may also be -1, for no limit, and of the others.
+OR_UNLIMITED = {"max_epochs": 1, "max_steps": 1, "num_sanity_val_steps": 0}
+MINIMA = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
 
 
 class UsageError(Exception):
@@ -30,10 +22,6 @@ class UsageError(Exception):
 
 class Parser(jsonargparse.ArgumentParser):
     """Raises errors instead of printing them below the usage text."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # A setting that does not exist must not be taken for one that begins in the same way.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
@@ -86,11 +74,8 @@ def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
     return f"; did you mean {nearest[0]}?" if nearest else otherwise
 
 
-# Of the errors of a union's types, those that tell most come first; those of types that were never meant tell nothing.
-TELLING = ("Got value", "arguments are required", "did you mean", "there is no setting", "")
-UNTELLING = re.compile(
-    r"Expected an? (?!instantiatable|.*Got value)|Not a valid subclass|Import path .* does not correspond"
-)
+# Of the errors of a union's types, those of types that were never meant tell nothing.
+UNTELLING = re.compile(r"Expected an? (?!.*Got value)|Not a valid subclass|Import path .* does not correspond")
 
 
 def shorter(message: str) -> str:
@@ -98,16 +83,14 @@ def shorter(message: str) -> str:
 
     def choose(union: re.Match[str]) -> str:
         errors, bullet, value = union.groups()
-        telling = [error for error in errors.split(bullet)[1:] if not UNTELLING.match(error)]
+        telling = (error for error in errors.split(bullet)[1:] if not UNTELLING.match(error))
         # Neither are jsonargparse's own objects: a class by its name, an argument by its value.
         given = re.search(r"class_path'?[=:] ?'([\w.]+)'", value)
         nested = re.fullmatch(r"NestedArg\(key=.*?, val='(.*)'\)", value)
         name = given[1].rpartition(".")[2] if given else nested[1] if nested else value
-        for words in TELLING:
-            for error in (error for error in telling if words in error):
-                one = words == "arguments are required" and value.count("class_path") == 1
-                return f"{name} needs {error.rpartition(': ')[2]}" if one else error
-        return f"This value is not allowed: {name}"
+        error = next(telling, f"This value is not allowed: {name}")
+        one = "arguments are required" in error and value.count("class_path") == 1
+        return f"{name} needs {error.rpartition(': ')[2]}" if one else error
 
     message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", message)
     message = re.sub(r"- Expected a path but .*\n\s*- ", "", message)
@@ -130,32 +113,13 @@ def _known_keys(parser: ArgumentParser) -> Iterator[str]:
 
 
 def check_values(config: Any) -> None:
-    """Check what Lightning does not: the seed, and the Trainer's numbers.
-
-    Raises:
-        UsageError: One is out of its range.
-    """
+    """Raise a `UsageError` where the seed, or a number that Lightning does not check, is out of range."""
     seed, trainer = config.seed_everything, config.trainer
     if isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UsageError(f"seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}")
-    for name, (least, unlimited) in TRAINER_MINIMA.items():
-        value = trainer[name]
-        if value is not None and value < least and value != unlimited:
-            choice = "" if unlimited is None else f", or {unlimited} for no limit"
+    for name, least in (OR_UNLIMITED | MINIMA).items():
+        value, choice = trainer[name], ", or -1 for no limit" * (name in OR_UNLIMITED)
+        if value is not None and value < least and not (choice and value == -1):
             raise UsageError(f"trainer.{name} must be at least {least}{choice}, not {value}")
     if trainer.val_check_interval == 0:
         raise UsageError("trainer.val_check_interval must be above 0; trainer.limit_val_batches 0 does not validate")
-
-
-def keep_limits_whole() -> None:
-    """Let Lightning's parser read `limit_val_batches: 1` as one minibatch, not as 1.0, all of them.
-
-    `typing` may take another module's `Optional[Union[float, int]]` for Lightning's `Optional[Union[int, float]]`, to
-    which it is equal; which of them depends on the order of imports.
-    """
-    import lightning.pytorch as pl
-
-    annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
-    for name, hint in annotations.items():
-        if {int, float} <= set(get_args(hint)):
-            annotations[name] = Union[(int, *(kind for kind in get_args(hint) if kind is not int))]

@@ -116,9 +116,9 @@ def _waiting(what: str, seconds: float) -> Iterator[None]:
             signal.set_wakeup_fd(before)
 
 
-def agree(strategy: Strategy, number: int) -> int:
-    """The least of the processes' numbers; each process has to call it."""
-    return int(strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op="min"))
+def agree(strategy: Strategy, number: int, on: str = "min") -> int:
+    """The least or, `on` "max", the largest of the processes' numbers; each process has to call it."""
+    return int(strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op=on))
 
 
 def gather(trainer: pl.Trainer, part: Tensor) -> Tensor:
@@ -195,22 +195,18 @@ def launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
     return next((kind for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
 
 
-class Timeout(pl.Callback):
-    """Ends a run where a process hangs or its machine is gone, unless the strategy has a timeout of its own."""
+class SeveralProcesses(pl.Callback):
+    """Ends a run where a process hangs or its machine is gone, and lets each draw random numbers of its own."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set the timeout, once all processes have met."""
+        """Set the timeout, once all processes have met, unless the strategy has one of its own."""
         if isinstance(trainer.strategy, DDP) and not trainer.strategy.has_timeout:
             # The second is what older versions of PyTorch have.
             set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
             set_timeout(TIMEOUT)
 
-
-class OwnRandomNumbers(pl.Callback):
-    """Lets each process draw random numbers of its own: with one seed, dropout would leave out the same units."""
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the rank to the seed."""
+        """Add the rank to the seed: with one seed, dropout would leave out the same units in all processes."""
         if trainer.global_rank:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 

@@ -31,6 +31,4 @@ class EpochBar(RichProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """What the module logs, without the run's number, `v_num`."""
-        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}

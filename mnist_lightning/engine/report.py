@@ -99,6 +99,7 @@ class Report(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.has_begun, self._started = True, time.perf_counter()
+        self._since = self._started, trainer.global_step
         if trainer.global_step:
             # Not earlier: a run that cannot be resumed keeps its curves.
             tensorboard.rewind(trainer)

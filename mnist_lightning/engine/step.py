@@ -43,17 +43,15 @@ class QuietStep:
         """Do one optimizer step; return its loss, (), or None where `training_step` has none."""
         self.counts.step.increment_ready()
         loss = None
-        if self.may_be_fast and self.fast is None:
-            self.fast = fast.make(self.trainer, batch)
-            self.may_be_fast = self.fast is not None
+        if self.may_be_fast:  # the first batch since `prepare`
+            self.may_be_fast, self.fast = False, fast.make(self.trainer, batch)
         if self.fast and self.agrees is None:
             self.agrees, loss = fast.try_out(self.fast, self.trainer, batch, partial(self._ordinary, batch, batch_idx))
-            if not self.agrees:
-                self.fast, self.may_be_fast = None, False
+            self.fast = self.fast if self.agrees else None
         elif self.fast is None or (loss := self.fast(batch)) is None:
             loss = self._ordinary(batch, batch_idx)
         else:
-            self._count_zero_grad()
+            self.counts.zero_grad.increment_by(1)
         self.counts.step.increment_completed()
         return loss
 
@@ -70,7 +68,7 @@ class QuietStep:
                 if not isinstance(loss, Tensor):
                     loss = ClosureResult.from_training_step_output(loss).closure_loss
                 optimizer.zero_grad()
-                self._count_zero_grad()
+                self.counts.zero_grad.increment_by(1)
                 if loss is not None:
                     loss.backward() if self.lean else trainer.strategy.backward(loss, optimizer)
                     loss = loss.detach()
@@ -83,8 +81,3 @@ class QuietStep:
         else:
             trainer.strategy.optimizer_step(optimizer, closure, module)
         return loss
-
-    def _count_zero_grad(self) -> None:
-        self.counts.zero_grad.increment_ready()
-        self.counts.zero_grad.increment_started()
-        self.counts.zero_grad.increment_completed()

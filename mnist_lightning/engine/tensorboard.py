@@ -11,7 +11,6 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from .checkpoint_file import write_whole
-from .run import run_directory, say
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,13 +54,6 @@ class RunLogger(TensorBoardLogger):
                 Path(self.root_dir).rmdir()
 
 
-def discard(trainer: pl.Trainer) -> None:
-    """Remove the directory of a run that has not begun."""
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            logger.discard()
-
-
 def rewind(trainer: pl.Trainer) -> None:
     """Take back what was logged after the checkpoint that is being resumed."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -91,18 +83,6 @@ def log_picture(trainer: pl.Trainer, tag: str, path: Path, step: int) -> None:
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=path.read_bytes())
     for writer in _writers(trainer):
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
-def say_where(trainer: pl.Trainer) -> None:
-    """Say where the run is, and how to look at it."""
-    directory = run_directory(trainer)
-    if directory is None:
-        return
-    if directory.is_relative_to(Path.cwd()):
-        directory = directory.relative_to(Path.cwd())
-    say(f"Run: {directory}")
-    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-        say(f"Look at it: tensorboard --logdir {directory.parent}")
 
 
 def _writers(trainer: pl.Trainer) -> Iterator[Any]:

@@ -7,15 +7,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from . import processes
 from .checkpoints import Stopped
 from .cli import CLI
-from .main import debugs
 from .parser import UsageError
 from .run import PROGRAM, rank, say
 
@@ -27,13 +24,7 @@ SILENT = re.compile(
 
 
 def run(cli: Callable[[], CLI]) -> int:
-    """Run one of Lightning's commands.
-
-    Args:
-        cli: Parses the command line and runs it.
-
-    Returns:
-        0, or 128 + the number of a signal that ended training.
+    """Run one of Lightning's commands, by `cli`; return 0, or 128 + the number of a signal that ended training.
 
     Raises:
         UsageError: The command or the config is wrong.
@@ -41,17 +32,15 @@ def run(cli: Callable[[], CLI]) -> int:
     """
     _silence_what_no_user_can_act_on()
     processes.end_with_launcher()
-    if not debugs():
-        _quiet_threads_of_tensorboard()
+    threading.excepthook = _say_of_thread
     try:
         cli()
         return 0
     except Stopped as stopped:
-        saved = stopped.run / "config.yaml" if stopped.run else None
-        config = ["--config", str(saved)] if saved and saved.exists() else []
-        script = Path(sys.argv[0])
-        own = script.suffix == ".py" and script.name != "__main__.py"
-        program = [str(script)] if own else ["-m", PROGRAM]
+        config = ["--config", str(stopped.run / "config.yaml")] if stopped.run else []
+        script = sys.argv[0]
+        own = script.endswith(".py") and not script.endswith("__main__.py")
+        program = [script] if own else ["-m", PROGRAM]
         resume = ["python", *program, "fit", *config, "--ckpt_path", str(stopped.checkpoint)]
         say(f"Stopped and saved at iteration {stopped.iteration:,}; to go on:\n{shlex.join(resume)}")
         # The first process answers for all; Lightning would kill it, should it see that another one has failed.
@@ -65,11 +54,10 @@ def run(cli: Callable[[], CLI]) -> int:
         raise
 
 
-@cache  # a second run in a notebook would only add to it
-def _quiet_threads_of_tensorboard() -> None:
-    # On a full disk its writer fails in a thread, and then again where it is called.
-    default = threading.excepthook
-    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else default(error)
+def _say_of_thread(error: threading.ExceptHookArgs) -> None:
+    # On a full disk TensorBoard's writer fails in a thread, and then again where it is called.
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
 
 
 def _is_said(record: logging.LogRecord) -> bool:

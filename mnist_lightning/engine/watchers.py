@@ -27,7 +27,14 @@ STEP_HOOKS = ("backward", "configure_gradient_clipping")
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 # Callbacks of Lightning's whose batch hooks act only where it logs, by the clock, or every so many iterations.
-KNOWN = (callbacks.DeviceStatsMonitor, callbacks.LearningRateMonitor, callbacks.ModelCheckpoint, callbacks.Timer)
+KNOWN = (
+    callbacks.DeviceStatsMonitor,
+    callbacks.LearningRateMonitor,
+    callbacks.ModelCheckpoint,
+    callbacks.RichProgressBar,
+    callbacks.Timer,
+    callbacks.TQDMProgressBar,
+)
 
 
 def is_overridden(name: str, instance: object, base: type) -> bool:
@@ -43,12 +50,12 @@ def interval(callback: pl.Callback) -> tuple[int, bool]:
     every = getattr(callback, "observe_every", None)
     if every is not None:
         return (1, True) if isinstance(every, timedelta) else (every, False)
-    if isinstance(callback, callbacks.ProgressBar):
-        return (callback.refresh_rate if isinstance(callback, callbacks.TQDMProgressBar) else 1), True
     known = next((known for known in KNOWN if isinstance(callback, known)), pl.Callback)
     if any(is_overridden(hook, callback, known) for hook in HOOKS):
         return 1, False
-    return int(isinstance(callback, callbacks.Timer)), True
+    if isinstance(callback, callbacks.TQDMProgressBar):
+        return callback.refresh_rate, True
+    return int(isinstance(callback, callbacks.ProgressBar | callbacks.Timer)), True
 
 
 def who_watches(trainer: pl.Trainer) -> str | None:
