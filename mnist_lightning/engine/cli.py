@@ -18,7 +18,7 @@ from . import auto, processes
 from .checkpoint_file import CheckpointError, find, load_checkpoint
 from .checkpoint_io import CheckpointIO
 from .checkpoints import BestAndLast, FiniteLosses
-from .config import SaveConfig, runs_directory
+from .config import SaveConfig, defaults_of, runs_directory
 from .guard import ExactResumption
 from .loop import Trainer
 from .main import TRAINER_COMMANDS
@@ -27,6 +27,15 @@ from .progress import EpochBar
 from .report import Report
 from .run import PROGRAM, RUNS, run_directory, say
 from .tensorboard import RunLogger
+
+TRAINER_DEFAULTS = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "max_epochs": 10,
+    "log_every_n_steps": 100,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
 
 
 class LightningParser(Parser, LightningArgumentParser):
@@ -56,14 +65,7 @@ class CLI(LightningCLI):
             trainer_class=Trainer,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "accelerator": "cpu",
-                "devices": 1,
-                "max_epochs": 10,
-                "log_every_n_steps": 100,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-            },
+            trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             # A setting that does not exist must not be taken for one that begins in the same way.
             parser_kwargs={"prog": PROGRAM, "allow_abbrev": False},
@@ -125,15 +127,13 @@ class CLI(LightningCLI):
             self._run = run
             if (run / "config.yaml").is_file():
                 self.config = parser.parse_args(["fit", "--config", str(run / "config.yaml"), *sys.argv[2:]])
-        settings, hparams = self.config[command].model, checkpoint["hyper_parameters"]
-        # A subclass may hand settings on to its base.
-        signatures = (inspect.signature(kind).parameters.items() for kind in reversed(self.network_class.__mro__[:-1]))
-        defaults = {name: parameter.default for signature in signatures for name, parameter in signature}
-        for name, value in hparams.items():
-            # A default was asked for by nobody, unless it stands in the run's own config.
-            if settings[name] not in (value, value if self._run else defaults[name]):
+        # A default was asked for by nobody, unless it stands in the run's own config.
+        defaults = {} if self._run else defaults_of(self.network_class)
+        for name, value in checkpoint["hyper_parameters"].items():
+            given = self.config[command].model[name]
+            if given not in (value, defaults.get(name, value)):
                 ways = "; leave that out, or give it to a new run, without --ckpt_path" if fits else ""
-                raise UsageError(f"model.{name} is {settings[name]}, but the checkpoint was trained with {value}{ways}")
+                raise UsageError(f"model.{name} is {given}, but the checkpoint was trained with {value}{ways}")
         if fits and self.config[command].data.get("dataset") == "auto":
             found = {"dataset": checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")}
             with contextlib.suppress(UsageError):  # a data module of the user's may have but one

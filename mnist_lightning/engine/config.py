@@ -1,5 +1,6 @@
 """The settings of a run: where they have it written, and `config.yaml`, which can be read again."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def runs_directory(trainer: Any) -> Path:
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     given = loggers[0].get("init_args", {}) if loggers and isinstance(loggers[0], jsonargparse.Namespace) else {}
     return Path(given.get("save_dir") or trainer.default_root_dir or ".", given.get("name", RUNS) or "")
+
+
+def defaults_of(kind: type) -> dict[str, Any]:
+    """The defaults of a class's arguments, and of those of its bases, to which it may hand settings on."""
+    signatures = (inspect.signature(each).parameters.items() for each in reversed(kind.__mro__[:-1]))
+    return {name: parameter.default for signature in signatures for name, parameter in signature}
 
 
 def readable(value: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from .parser import UsageError, did_you_mean
 from .run import PROGRAM, printable, rank, say
+from .startup import leave
 
 # Of `LightningCLI`, whose import takes seconds.
 TRAINER_COMMANDS = {
@@ -36,7 +37,10 @@ def main(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
         os.environ["MPLBACKEND"] = "agg"
     code = _run(train, commands, description)
     say("", end="")  # flushes what others have printed
-    end_among_others(code)
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_initialized():
+        # PyTorch's threads may outlive the interpreter and abort it: in 4 of 180 processes that did nothing else.
+        leave(code)
     return code
 
 
@@ -95,16 +99,3 @@ def _fail(error: Exception | str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
     return code
-
-
-def end_among_others(code: int) -> None:
-    """End this process at once where it has talked to others, with `code`.
-
-    Threads of PyTorch's may outlive the interpreter and abort it: measured in 4 of 180 processes that did nothing else.
-    """
-    torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(code)
