@@ -1,9 +1,7 @@
 """The command line: Lightning's own CLI with defaults of ours, runs that go on, and errors as one clear line."""
 
-import contextlib
 import inspect
 import sys
-from pathlib import Path
 from typing import Any, Literal, Union, get_args
 
 import lightning.pytorch as pl
@@ -11,20 +9,20 @@ from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from . import auto, processes
-from .checkpoint_file import CheckpointError, find, load_checkpoint
 from .checkpoint_io import CheckpointIO
 from .checkpoints import BestAndLast, FiniteLosses
-from .config import SaveConfig, defaults_of, runs_directory
+from .ckpt_path import CheckpointCLI
+from .config import SaveConfig
 from .guard import ExactResumption
 from .loop import Trainer
 from .main import TRAINER_COMMANDS
-from .parser import Parser, UsageError, check_values, shorter
+from .parser import Parser, UsageError, shorter
 from .progress import EpochBar
-from .report import Report
+from .report import MoreCurves, Report
 from .run import PROGRAM, RUNS, run_directory, say
 from .tensorboard import RunLogger
 
@@ -42,7 +40,7 @@ class LightningParser(Parser, LightningArgumentParser):
     """Lightning's argument parser, with errors in one line."""
 
 
-class CLI(LightningCLI):
+class CLI(CheckpointCLI):
     """`fit`, `validate`, `test` and `predict`.
 
     Args:
@@ -91,55 +89,6 @@ class CLI(LightningCLI):
         weights = "Weights that `fit` tests: those of the best validation accuracy, or the last"
         parser.add_argument("--test_weights", type=Literal["best", "last"], default="best", help=weights)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Resolve `best` and `last`, add the settings of the run that is resumed, and check what Lightning does not."""
-        super().parse_arguments(parser, args)
-        config = self.config[self.config.subcommand]
-        self._runs = runs_directory(config.trainer)
-        self._run: Path | None = None
-        self._lock: int | None = None
-        if config.ckpt_path == "auto" and self.config.subcommand == "fit":
-            config.ckpt_path, self._run, self._lock = auto.find(self._runs, config)
-        if config.ckpt_path:
-            self._take_checkpoint(parser)
-        elif self.config.subcommand != "fit":
-            raise UsageError("ckpt_path: which weights? Give `best` or `last` of the newest run, or a path")
-        check_values(self.config[self.config.subcommand])
-
-    def _take_checkpoint(self, parser: LightningArgumentParser) -> None:
-        """Take the settings of a checkpoint's run and of its network; other ones are refused, not overruled."""
-        command = self.config.subcommand
-        fits = command == "fit"
-        try:
-            path = find(self.config[command].ckpt_path, self._runs)
-            checkpoint = load_checkpoint(path, self.network_class)
-            # A setting of older versions only, which took several steps in one `training_step`.
-            if fits and "steps_per_execution" in checkpoint.get("datamodule_hyper_parameters", {}):
-                raise CheckpointError(
-                    "the checkpoint is of an older version of this program, whose runs cannot be resumed; its weights "
-                    "still load for all other commands"
-                )
-        except CheckpointError as error:
-            raise UsageError(f"ckpt_path: {error}") from error
-        run = path.resolve().parent.parent
-        if fits and run.parent == self._runs.resolve():
-            # Goes on in its own directory, with its own settings where the command gives no others.
-            self._run = run
-            if (run / "config.yaml").is_file():
-                self.config = parser.parse_args(["fit", "--config", str(run / "config.yaml"), *sys.argv[2:]])
-        # A default was asked for by nobody, unless it stands in the run's own config.
-        defaults = {} if self._run else defaults_of(self.network_class)
-        for name, value in checkpoint["hyper_parameters"].items():
-            given = self.config[command].model[name]
-            if given not in (value, defaults.get(name, value)):
-                ways = "; leave that out, or give it to a new run, without --ckpt_path" if fits else ""
-                raise UsageError(f"model.{name} is {given}, but the checkpoint was trained with {value}{ways}")
-        if fits and self.config[command].data.get("dataset") == "auto":
-            found = {"dataset": checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")}
-            with contextlib.suppress(UsageError):  # a data module of the user's may have but one
-                self.config = parser.parse_object({command: {"data": found}}, self.config)
-        self.config[command].ckpt_path = str(path)  # whose settings LightningCLI takes over next
-
     def instantiate_classes(self) -> None:
         """Report a setting that is out of range as a usage error."""
         try:
@@ -152,10 +101,10 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = RunLogger(
-                self._runs.parent,
+                self.runs.parent,
                 name=RUNS,
-                version=self._run.name if self._run else None,
-                log_graph=not (self._run and self.config[self.subcommand].ckpt_path),
+                version=self.resumed_run.name if self.resumed_run else None,
+                log_graph=not (self.resumed_run and self.config[self.subcommand].ckpt_path),
                 default_hp_metric=False,
             )
         callbacks, plugins = (
@@ -163,8 +112,8 @@ class CLI(LightningCLI):
             for given in (config.callbacks, config.plugins)
         )
         self._report = Report()
-        ours = (FiniteLosses(), self._report, *(kind() for kind in self.callbacks))
-        callbacks = [ExactResumption(self._lock), processes.SeveralProcesses(), *callbacks, *ours]
+        ours = (FiniteLosses(), self._report, MoreCurves(), *(kind() for kind in self.callbacks))
+        callbacks = [ExactResumption(self.lock), processes.SeveralProcesses(), *callbacks, *ours]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
                 callbacks.append(EpochBar(theme=RichProgressBarTheme(metrics_format=".2f")))

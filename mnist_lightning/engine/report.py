@@ -1,6 +1,5 @@
 """What a run tells: lines on the console, two curves more, figures, and `results.json`."""
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,8 @@ from .checkpoint_file import progress
 from .checkpoints import Stopped
 from .data import DeviceDataModule
 from .guard import early_stopping
-from .run import printable, run_directory, say, versions
+from .results import data_settings, metrics, write_results
+from .run import printable, run_directory, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 class Report(pl.Callback):
     """Prints the tutorial's lines, logs what TensorBoard's HParams tab compares, and writes `results.json`.
 
-    Where the module logs `train/loss` and `train/acc`, it prints them and logs two curves more: the learning rate, and
-    examples a second since the point before, without validation. It keeps the curves' points as rows
+    Where the module logs `train/loss` and `train/acc`, it prints them. It keeps the curves' points as rows
     `[iteration, loss, accuracy]`, iterations counted from 1; checkpoints carry them along.
     """
 
@@ -39,7 +38,6 @@ class Report(pl.Callback):
         self._started: float | None = None
         self._validated: list[float] = []  # sums of the weights that were validated last
         self._is_validated = True  # the weights that training left
-        self._since = 0.0, 0  # when examples were counted last, and after how many iterations
 
     @property
     def train_seconds(self) -> float:
@@ -80,61 +78,39 @@ class Report(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._loaded, self._dataset = None, _name(trainer)
         epochs, iteration = self._resumes_from
-        for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
-            if done >= (getattr(trainer, name) or 0) > 0:
-                longer = f"to train longer, give a larger --trainer.{name}"
-                if any(hasattr(config.scheduler, "total_steps") for config in trainer.lr_scheduler_configs):
-                    longer = "so is the schedule of its learning rate, and it cannot be trained longer"
-                say(f"This run is done, at iteration {iteration:,}; {longer}")
-                return
-        if trainer.should_stop and (stopped := early_stopping(trainer)):
-            why = str(stopped.stopping_reason_message).removesuffix(" Signaling Trainer to stop.")
-            say(f"This run is done, at iteration {iteration:,}; {why} To train longer, leave EarlyStopping out")
+        if why := _why_done(trainer, epochs, iteration):
+            say(f"This run is done, at iteration {iteration:,}; {why}")
             return
         parameters = f"{sum(weight.numel() for weight in pl_module.parameters()):,} parameters on {pl_module.device}"
-        seed = _settings(trainer).get("seed")
+        seed = data_settings(trainer).get("seed")
         say(f"Training on {self._dataset}{_sizes(trainer)}; {parameters}, seed {seed}")
         if trainer.ckpt_path:
             say(f"Resuming {trainer.ckpt_path} after iteration {iteration:,}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.has_begun, self._started = True, time.perf_counter()
-        self._since = self._started, trainer.global_step
         if trainer.global_step:
             # Not earlier: a run that cannot be resumed keeps its curves.
             tensorboard.rewind(trainer)
-        settings = {**pl_module.hparams, **_settings(trainer)}
+        settings = {**pl_module.hparams, **data_settings(trainer)}
         tensorboard.log_settings(trainer, settings, ("test/acc", "test/loss", "val/acc", "val/loss"))
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._since = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
-        if not is_due or (metrics := _metrics(trainer, "train")) is None:
+        if not is_due or (measured := metrics(trainer, "train")) is None:
             return
-        self._say_train(iteration, *metrics)
-        (then, before), now = self._since, time.perf_counter()
-        self._since = now, iteration
-        batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
-        pl_module.log_dict(
-            {
-                "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-                "train/examples_per_second": (iteration - before) * batch_size / (now - then),
-            }
-        )
+        self._say_train(iteration, *measured)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or (measured := _metrics(trainer, "val")) is None:
+        if trainer.sanity_checking or (measured := metrics(trainer, "val")) is None:
             return
         loss, acc = measured
         self.val.append([self.iteration(trainer), loss, acc])
-        self._since = time.perf_counter(), trainer.global_step
         fitting = trainer.state.fn == TrainerFn.FITTING
-        metrics = f"validation loss: {loss:.2f}, validation accuracy: {acc:.1%}"
-        say(f"Epoch: {trainer.current_epoch + 1}, {metrics}" if fitting else metrics.capitalize())
+        line = f"validation loss: {loss:.2f}, validation accuracy: {acc:.1%}"
+        say(f"Epoch: {trainer.current_epoch + 1}, {line}" if fitting else line.capitalize())
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validated = _sums(pl_module)
@@ -155,7 +131,7 @@ class Report(pl.Callback):
         pl_module.log("step", float(max(0, self.iteration(trainer) - 1)), sync_dist=True)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if measured := _metrics(trainer, "test"):
+        if measured := metrics(trainer, "test"):
             say(f"Test loss: {measured[0]:.2f}, test accuracy: {measured[1]:.1%}")
         self._write_results(trainer)
 
@@ -166,35 +142,51 @@ class Report(pl.Callback):
     def _log_short_run(self, trainer: pl.Trainer) -> None:
         # Where no iteration was a multiple: the last one, a step after Lightning's. A run that goes on takes it back.
         logs = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if logs and not self.train and (metrics := _metrics(trainer, "train")):
-            self._say_train(trainer.global_step, *metrics)
+        if logs and not self.train and (measured := metrics(trainer, "train")):
+            self._say_train(trainer.global_step, *measured)
             for logger in trainer.loggers:
-                logger.log_metrics({"train/loss": metrics[0], "train/acc": metrics[1]}, trainer.global_step)
+                logger.log_metrics({"train/loss": measured[0], "train/acc": measured[1]}, trainer.global_step)
 
     def _say_train(self, iteration: int, loss: float, acc: float) -> None:
         self.train.append([iteration, loss, acc])
         say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
 
     def _write_results(self, trainer: pl.Trainer) -> None:
-        folder = run_directory(trainer)
+        folder, validated = run_directory(trainer), None
         if folder is None:
             return
-        hparams = _settings(trainer)
-        results: dict[str, Any] = {
-            "dataset": hparams.get("dataset"),
-            "seed": hparams.get("seed"),
-            "iterations": trainer.global_step or self.iteration(trainer),
-            "train_seconds": round(self.train_seconds, 3),
-        }
         # Validation of the very weights that are tested, if it was on the same dataset.
-        iteration, dataset = self._loaded or (trainer.global_step, results["dataset"])
+        tested = data_settings(trainer).get("dataset")
+        iteration, dataset = self._loaded or (trainer.global_step, tested)
         for row in self.val if self._loaded or self._is_validated else []:
-            if row[0] == iteration and dataset == results["dataset"]:
-                results |= {"val/loss": row[1], "val/acc": row[2]}
-        if measured := _metrics(trainer, "test"):
-            results |= dict(zip(("test/loss", "test/acc"), measured, strict=True))
-        results["versions"] = versions()
-        (folder / "results.json").write_text(json.dumps(results, indent=4) + "\n")
+            if row[0] == iteration and dataset == tested:
+                validated = row[1], row[2]
+        iterations = trainer.global_step or self.iteration(trainer)
+        write_results(folder, trainer, iterations, self.train_seconds, validated)
+
+
+class MoreCurves(pl.Callback):
+    """Logs two curves more: the learning rate, and examples a second since the point before, without validation."""
+
+    observe_every = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.perf_counter(), trainer.global_step
+
+    on_train_epoch_start = on_validation_end = on_train_start
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        (then, before), now = self._since, time.perf_counter()
+        iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and iteration % every == 0 and iteration > before:
+            self._since = now, iteration
+            batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
+            pl_module.log_dict(
+                {
+                    "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                    "train/examples_per_second": (iteration - before) * batch_size / (now - then),
+                }
+            )
 
 
 def report(trainer: pl.Trainer) -> Report | None:
@@ -217,10 +209,17 @@ def save_figures(figures: dict[str, "Figure"], trainer: pl.Trainer) -> None:
         tensorboard.log_picture(trainer, f"figures/{name}", path, max(0, iteration - 1))
 
 
-def _settings(trainer: pl.Trainer) -> dict[str, Any]:
-    """The data module's; a loader that was given to `fit` has none."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    return dict(data.hparams) if data else {}
+def _why_done(trainer: pl.Trainer, epochs: int, iteration: int) -> str:
+    """Why a run that is resumed after so many epochs and iterations has nothing left to train, or ""."""
+    for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
+        if done >= (getattr(trainer, name) or 0) > 0:
+            if any(hasattr(config.scheduler, "total_steps") for config in trainer.lr_scheduler_configs):
+                return "so is the schedule of its learning rate, and it cannot be trained longer"
+            return f"to train longer, give a larger --trainer.{name}"
+    if trainer.should_stop and (stopped := early_stopping(trainer)):
+        why = str(stopped.stopping_reason_message).removesuffix(" Signaling Trainer to stop.")
+        return f"{why} To train longer, leave EarlyStopping out"
+    return ""
 
 
 def _name(trainer: pl.Trainer) -> str:
@@ -240,12 +239,3 @@ def _sizes(trainer: pl.Trainer) -> str:
 
 def _sums(module: pl.LightningModule) -> list[float]:
     return [parameter.sum().item() for parameter in module.parameters()]
-
-
-def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float] | None:
-    names = (f"{split}/loss", f"{split}/acc")
-    if not set(names) <= trainer.callback_metrics.keys():
-        return None
-    # Six digits: more would show the rounding of the float32 mean.
-    loss, acc = (round(trainer.callback_metrics[name].item(), 6) for name in names)
-    return loss, acc
