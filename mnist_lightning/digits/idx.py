@@ -31,7 +31,7 @@ class DataError(RuntimeError):
 
 
 def forms(raw: Path, name: str) -> list[Path]:
-    """Where a file of one of MNIST's names may lie in a directory: also as `train-images.idx3-ubyte`, also gzipped."""
+    """The paths at which a file of MNIST may lie: as `train-images.idx3-ubyte`, too; first plain ones, then gzipped."""
     return [raw / f"{form}{end}" for end in ("", ".gz") for form in (name, name.replace("-idx", ".idx"))]
 
 
@@ -46,7 +46,7 @@ def missing(raw: Path) -> list[str]:
 
 
 def found(root: Path) -> str:
-    """In words, what lies in and below a directory that may be somebody's MNIST in another form."""
+    """Up to six files in or below a directory that look like MNIST in another form, for an error message."""
     paths = (path for depth in ("*", "*/*", "*/*/*") for path in root.glob(depth) if path.is_file())
     names = sorted(path.relative_to(root).as_posix() for path in paths)
     of_data = re.compile(r"(?i)(mnist|idx|ubyte|\.(pt|npz|csv|parquet|pkl|mat|zip|tar)\b)")

@@ -1,7 +1,7 @@
 """What a network has become, in numbers: its layers, what the first one looks for, and why it read a digit.
 
-Whatever the network is, it is run and not written down again: a forward pass notes its calls, then comes autograd, in
-double precision on the CPU. The network has to be in evaluation mode.
+It works for any network in evaluation mode: a forward pass records the calls, and autograd gives the slopes, in double
+precision on the CPU.
 """
 
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ class Trace(TorchFunctionMode):
     """A forward pass from `pixels`, (B, 784) in [0, 1], to `logits`, (B, 10), in double precision.
 
     Its `layers`, the pixels first, have parameters or change the shape. Each has a `kind`, with activations behind it,
-    their `outputs`, (B, ...), `weights`, and a module's `name`. `branches`: one gets more than the one before gives.
+    `outputs`, (B, ...), `weights`, and its module's `name`. `branches`: some layer does not follow on the one before.
     """
 
     @torch.inference_mode(False)  # in which Lightning tests; gradients are on
@@ -65,8 +65,9 @@ class Trace(TorchFunctionMode):
 def detectors(trace: Trace) -> tuple[Tensor, Tensor] | None:
     """Find the forty units of the first layer that matter most: mean activation times the norm of ten effects.
 
-    An effect is a logit's mean slope by the activation: the outgoing weight, in front of the last layer. Incoming
-    weights, (N, 28, 28), and the digits that the units speak for most, (N,); None without a weight for each pixel.
+    An effect is the mean derivative of a logit by a unit's activation: before the last layer, the outgoing weight.
+    Returns incoming weights, (N, 28, 28), and the digits that the units speak for most, (N,); None where the units have
+    not one weight for each pixel.
     """
     layer = next(layer for layer in trace.layers if layer.weights)
     weights, rows = layer.weights[0], torch.arange(len(trace.logits))
@@ -88,7 +89,7 @@ def reasons(network: nn.Module, images: Tensor, shares: Tensor) -> tuple[Tensor,
     are gradient times input.
     """
     pixels = images.to("cpu", torch.double, copy=True)
-    # Within a linear piece, and only there, the slope is the same further on. So little further, no unit switches.
+    # Within a linear piece, the slope is the same a little further on. A step of 1e-7 is too small to switch a unit.
     trace = Trace(network, torch.cat([pixels, pixels * (1 + 1e-7)]))
     sums = (trace.logits * shares.repeat(2, 1)).sum(1)
     slopes, further = torch.autograd.grad(sums.sum(), trace.pixels)[0].chunk(2)

@@ -18,11 +18,11 @@ Array: TypeAlias = npt.NDArray[Any]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
-# More may be an attack. Pillow would ask before a large JPEG is made smaller, so `load` asks itself.
+# More may be a decompression bomb. Pillow checks before a large JPEG is decoded at a smaller size, so `load` does it.
 MAX_PIXELS = 89_478_485
 Image.MAX_IMAGE_PIXELS = None
 
-# Of broken metadata, which are no user's concern. Here, since filters hold for all threads.
+# Pillow warns of broken metadata, which no user can mend. Set once, since filters hold for all threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # MNIST's digits were fitted into a box of 20 pixels and put into a field of 28 by their centre of mass.
@@ -31,16 +31,16 @@ BOX = 20
 # A digit is looked for at so many pixels along the longer side at most, and then anew in what was found.
 VIEW = 280
 
-# The rest was chosen on 1,000 validation digits: pasted, shaded and blurred as the tests do with others, cut at their
-# boxes, framed, and on squared paper.
+# The rest was tuned on 1,000 validation digits: pasted, shaded and blurred as tests/paste.py does, cut at their boxes,
+# framed, and on squared paper.
 EDGE = 0.2  # least ink inside of the box
 CONNECTED = 0.15  # least ink of pixels that belong together
 CONTRAST = 13  # least difference between ink and paper that is no blank, of 255; and 6 times the noise
 HALF = 0.5  # least ink of what reaches the picture's edge: lines on the paper and shadows are fainter
-TOUCHING = 0.1  # weight of what reaches the edge even so: shadows and frames mostly do, digits seldom
+TOUCHING = 0.1  # weight of a part that still reaches the edge: mostly a shadow or a frame
 THIN = 0.25  # greatest part of its box that a frame covers
 FILLED = 0.9  # least part of a tight picture that the digit is wide, and high
-FRAMED = 0.15  # least height of what makes a frame of that around it
+FRAMED = 0.15  # least height of an inner part, as a share of the outer one's, that makes the outer one a frame
 
 
 class PictureError(ValueError):
@@ -148,9 +148,9 @@ def _dark_ink(values: Array, tight: bool) -> tuple[Array, float]:
 
     In a tight picture, one that was cut at the digit's box, only a digit as large as the picture counts.
     """
-    # Closing fills what is dark and narrower than the window. It leaves the paper, its shades and the edges of shadows:
-    # in a tight picture only those inside of it, in others those at its edges too. Windows are odd, as even ones would
-    # move the picture by a pixel.
+    # Morphological closing removes what is dark and narrower than the window; paper, its shades and edges of shadows
+    # stay. Pictures that are not tight are padded, so that shadows at their edges stay, too. Windows are odd, as even
+    # ones would move the picture by a pixel.
     window = max(9, max(values.shape) // (6 if tight else 8) * 2 + 1)
     border = 0 if tight else window
     padded = cv2.copyMakeBorder(values, border, border, border, border, cv2.BORDER_REPLICATE)
@@ -182,8 +182,8 @@ def _dark_ink(values: Array, tight: bool) -> tuple[Array, float]:
     largest = int(mass.argmax())
     parts = mass >= max(0.05 * mass.max(), 1e-9)  # the others are specks
     ink *= cv2.dilate(parts[labels].astype(np.uint8), np.ones((5, 5), np.uint8))  # with the faint pixels at their edges
-    # The hole of a 0 differs from the 0 as much as that does from the paper, but is smaller; a shadow differs less; and
-    # paper has most of the picture's edge, or of what lies inside of a frame there.
+    # A 0's hole differs from the 0 as much as ink from paper, but is smaller; a shadow differs less; and most of the
+    # picture's edge is paper. So: the size, times the contrast cubed, less where the edge is as dark as ink.
     inset = min(values.shape) // 24
     rim = _rim(values[inset : len(values) - inset, inset : values.shape[1] - inset])
     edge = float((rim < level).mean())

@@ -14,7 +14,7 @@ from mnist_lightning.model import CLASSES, SIDE
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that a notebook shows, though `pyplot`, which would see to that, has no part in it."""
+    """A figure that notebooks show without `pyplot`."""
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()

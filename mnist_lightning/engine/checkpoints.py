@@ -110,8 +110,8 @@ class BestAndLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save_best(trainer)
-        # Lightning takes an epoch that `max_steps` or a callback has ended for a whole one; what was saved before that,
-        # at its last iteration, can be resumed.
+        # Lightning takes an epoch that `max_steps` or a callback has ended for a whole one; what `on_iteration_end` has
+        # saved can be resumed.
         if trainer.is_last_batch:
             self._save_last(trainer)
 

@@ -142,15 +142,15 @@ class DeviceLoader:
             return minibatch
         part = minibatch.tensor_split(self.world_size)[self.rank]
         self.part_weight = len(part) * self.world_size / len(minibatch)
-        # A mean over no example would not be a number, and no weight would make it one.
+        # An empty part's mean loss would be NaN, and so would NaN times 0: it gets one example of weight 0.
         return part if len(part) or self.shuffle_seed is None else minibatch[:1]
 
 
 class DeviceDataModule(pl.LightningDataModule):
     """A data module whose loaders take minibatches on the Trainer's device, and which refuses to resume on other data.
 
-    `save_hyperparameters` says what the data is: a run is resumed only where all of it is the same. Where it gives a
-    `fingerprint` of the data, their `dataset` is but a name.
+    `save_hyperparameters` says what the data is: a run is resumed only where all of it is the same. Where there is a
+    `fingerprint`, it identifies the data, and their `dataset` may differ.
     """
 
     def loader(

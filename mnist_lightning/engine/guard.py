@@ -96,7 +96,7 @@ def hold(run: Path) -> int | None:
 def _restore_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Let each schedule of a given length go on by the iteration alone.
 
-    That says all there is to know, and PyTorch would take over whatever attributes an untrusted checkpoint names.
+    The iteration determines it. The checkpoint's own state is not loaded: PyTorch sets whatever attributes it names.
 
     Raises:
         MisconfigurationException: The checkpoint's schedule has another length.

@@ -70,7 +70,7 @@ class QuietLoop(_TrainingEpochLoop):
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """Begin an epoch, or go on within one, also with a loader that cannot say how far it was."""
-        self._visited = False  # the first iteration is visited: what follows is decided by what it left
+        self._visited = False  # the first iteration is visited: quiet ones need what it logged
         self._pace = 1  # iterations that take about as long as `LOOK_EVERY`
         self.trainer.quiet_losses.clear()
         self.trainer.fit_loop.prepare_loader()
@@ -101,9 +101,9 @@ class QuietLoop(_TrainingEpochLoop):
                     over(self.trainer)
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Lightning's state. A run that goes on from a validation made for its end alone does not come back to it."""
+        """Lightning's state; a validation that only the end of training caused is not repeated by a resumed run."""
         state: dict[str, Any] = super().on_save_checkpoint()
-        # Lightning counts the iteration of a validation after it, and a run resumed from within when it skips it.
+        # So its iteration is counted already, which Lightning does after the validation.
         state["_batches_that_stepped"] += self._validates_to_stop
         return state
 

@@ -12,7 +12,7 @@ from .processes import gather
 
 
 class LoadAsTrained(pl.Callback):
-    """Gives the weights the Trainer's precision before a checkpoint is loaded, which Lightning does after it."""
+    """Converts the network to the Trainer's precision before a checkpoint is loaded: after it, float64 is rounded."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if isinstance(trainer.precision_plugin, DoublePrecision | HalfPrecision):

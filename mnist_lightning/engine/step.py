@@ -12,7 +12,7 @@ from . import fast, watchers
 
 
 class QuietStep:
-    """The step of a quiet iteration: the ordinary one, or the module's fast step once it has stood its trial.
+    """The step of a quiet iteration: the ordinary one, or the module's fast step once it has passed its trial.
 
     Args:
         trainer: With one optimizer, and nobody who watches each step.

@@ -45,7 +45,7 @@ def is_overridden(name: str, instance: object, base: type) -> bool:
 def interval(callback: pl.Callback) -> tuple[int, bool]:
     """How many iterations apart a callback's batch hooks have to be called, and whether by the clock.
 
-    0 where Lightning's visits for other reasons are enough. For `ModelCheckpoint`, the loop knows more.
+    0 where visits for other reasons are enough. The intervals of `ModelCheckpoint` are private; `loop.py` reads them.
     """
     every = getattr(callback, "observe_every", None)
     if every is not None:

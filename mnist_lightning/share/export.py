@@ -1,4 +1,4 @@
-"""Export to other runtimes; each file is read back by its own before it counts."""
+"""Export to other runtimes; a file is kept only if its own runtime gives PyTorch's logits."""
 
 import logging
 import warnings
