@@ -1,6 +1,6 @@
-"""A training step without autograd: the same numbers in two thirds of the time. To learn Lightning, skip this file.
+"""A training step without autograd: the same numbers in two thirds to three quarters of the time. To learn Lightning, skip this file.
 
-On a CPU a third of this small network's step is not arithmetic but autograd's bookkeeping and new tensors. Here each
+On a CPU about a third of this small network's step is not arithmetic but autograd's bookkeeping and new tensors. Here each
 result has a buffer of its own, which every step overwrites. The kernels are those that autograd and
 `torch.optim.AdamW(fused=True)` call, in the same order, so the weights are bit-identical.
 
