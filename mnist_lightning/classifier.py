@@ -89,7 +89,7 @@ class MNISTClassifier(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Needed only where `fit` follows `validate`, whose inference mode leaves metrics that `fit` cannot update."""
+        """Reset the metrics: `validate` leaves them in inference mode, in which a later `fit` could not update them."""
         for metric in (self.val_loss, self.val_acc):
             metric.reset()
             # The sums' type follows the network's; else a float64 run would add up its first epoch in float32.

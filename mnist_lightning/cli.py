@@ -11,7 +11,7 @@ from mnist_lightning.figures import Figures
 
 
 class MNISTCLI(CLI):
-    """The engine's `CLI`, a `LightningCLI`, with this project's own settings. To make one runs the command."""
+    """The engine's `CLI`, a `LightningCLI`, with this project's own settings. Making one runs the command."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let `seed_everything` seed the shuffling, too, and add the settings of the figures."""
@@ -22,7 +22,7 @@ class MNISTCLI(CLI):
 
 def run(model: type[MNISTClassifier] = MNISTClassifier, data: type[MNISTDataModule] = MNISTDataModule) -> int:
     """Run the command line with these classes; return its exit code."""
-    return training.run(lambda: MNISTCLI(model, data, (PredictionWriter,)))
+    return training.run(lambda: MNISTCLI(model, data, PredictionWriter()))
 
 
 if __name__ == "__main__":

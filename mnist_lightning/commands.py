@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from mnist_lightning.model import MLP
 
 VAL_SIZE = 5000  # what `MNISTDataModule` holds out for validation by default
-
-# Test digits on which an exported network is compared with PyTorch.
-COMPARED = 1000
 
 TEXT_BROWSERS = {"www-browser", "links", "elinks", "lynx", "w3m"}  # those that Python's `webbrowser` looks for
 
@@ -41,7 +38,7 @@ def data(arguments: list[str]) -> None:
     (images, labels), test = idx.load(raw, "train"), idx.load(raw, "t10k")
     held_out = config.data.val_size
     if not 1 <= held_out < len(labels):
-        raise UsageError(f"data.val_size must be 1 to {len(labels) - 1:,} of the training file, not {held_out}")
+        raise UsageError(f"data.val_size must be 1 to {len(labels) - 1:,} of the training file, not {held_out:,}")
     train, val = (images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out])
     say(f"Dataset: {name}")
     for split, (images, labels) in {"Training": train, "Validation": val, "Test": test}.items():
@@ -86,7 +83,7 @@ def read(arguments: list[str]) -> None:
     if left_out:
         print(printable(f"Left out: {left_out}"), file=sys.stderr)
     console = Console(stderr=True)
-    hidden = len(paths) < reading.MANY or not console.is_terminal
+    hidden = len(paths) < 100 or not console.is_terminal  # more take half a second: worth a progress bar
     found = track(reading.preprocess_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)
     seen = {}
     for file, result in zip(paths, found, strict=True):
@@ -137,7 +134,7 @@ def export_network(arguments: list[str]) -> None:
     config = parser.parse_args(arguments)
     mlp, trained_on = _network(config.ckpt_path, config.runs)
     images, _ = idx.load(files.get(config.data.dataset, Path(config.data.root)), "t10k")
-    pixels = images[:COMPARED].float() / 255
+    pixels = images[:1000].float() / 255  # on which it is compared with PyTorch
     path, difference = export(mlp, config.format, config.output, pixels, trained_on)
     say(f"Network: {path}, {path.stat().st_size / 1e6:.1f} MB, trained on {trained_on}")
     say(f"Read back: the logits of {len(pixels):,} test digits differ from PyTorch's by {difference:.1e} at most")
@@ -186,10 +183,13 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
         from mnist_lightning.engine import checkpoint_file
         from mnist_lightning.model import MLP
 
+    # `MNISTClassifier.load_from_checkpoint` would do, but imports Lightning.
+    def classifier(hidden_dim: int, **_: Any) -> ModuleDict:
+        return ModuleDict({"mlp": MLP(hidden_dim)})
+
     try:
         path = checkpoint_file.find(ckpt_path, Path(runs))
-        # `MNISTClassifier.load_from_checkpoint` would do, but imports Lightning.
-        checkpoint = checkpoint_file.load_checkpoint(path, lambda hidden_dim, **_: ModuleDict({"mlp": MLP(hidden_dim)}))
+        checkpoint = checkpoint_file.load_checkpoint(path, classifier)
     except checkpoint_file.CheckpointError as error:
         raise UsageError(f"ckpt_path: {error}") from error
     mlp = MLP(checkpoint["hyper_parameters"]["hidden_dim"]).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ class MNISTDataModule(DeviceDataModule):
 
     Args:
         dataset: `mnist` downloads MNIST if it is not on disk. `synthetic` makes the stand-in digits once. `auto` is
-            `mnist`, or `synthetic` with a warning if MNIST is neither on disk nor can be downloaded. `files` takes your
+            `mnist`, or `synthetic` with a warning if MNIST is not on disk and cannot be downloaded. `files` takes your
             own files, in MNIST's format and under its names, from `root` or from `MNIST/raw` below it.
         root: Directory for the files, laid out as `torchvision.datasets.MNIST` does.
         batch_size: Training images in a minibatch, over all processes, at least 1.
@@ -68,7 +68,7 @@ class MNISTDataModule(DeviceDataModule):
         return files.find(self.dataset, self.root)
 
     def prepare_data(self) -> None:
-        """Download and verify the files. Lightning calls it in one process per machine, and `setup` in each."""
+        """Download and verify the files. Lightning calls it in one process per machine, `setup` in every process."""
         if not self._is_prepared:
             files.get(self.dataset, self.root)
         self._is_prepared = True  # Lightning calls it for `fit`, and again for the test

@@ -63,7 +63,7 @@ def _parsers_are_made_once() -> Iterator[None]:
     make, results = CLI.setup_parser, ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
 
     def setup_parser(self: CLI, *args: Any) -> None:
-        key = (*sys.argv[1:2], type(self), self.network_class, self.datamodule_class, self.callbacks, str(args))
+        key = (*sys.argv[1:2], type(self), self.model_class, self.datamodule_class, str(args))
         if key not in made:
             make(self, *args)
             made[key] = {name: getattr(self, name) for name in results}

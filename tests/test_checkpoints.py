@@ -103,6 +103,7 @@ def without(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
         (lambda c: {**c, "state_dict": [1]}, "not of this program"),
         (lambda c: {**c, "loops": {}}, "not of this program: KeyError: 'fit_loop'"),
         (lambda c: {**c, "global_step": "many"}, "not of this program: .*whole numbers"),
+        (lambda c: {**c, "datamodule_hyper_parameters": 7}, "not of this program: .*settings must be a dictionary"),
         (
             lambda c: {**c, "state_dict": {key: value * math.nan for key, value in c["state_dict"].items()}},
             "refused: expected weights that are finite numbers",

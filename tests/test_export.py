@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from conftest import RunCLI
 
 from mnist_lightning.commands import _network
 from mnist_lightning.model import MLP
-from mnist_lightning.share import export as export_module
 from mnist_lightning.share.export import INPUT, ExportError, export
 
 
@@ -64,13 +62,14 @@ def test_the_files_read_as_the_network_does(
 
 
 def test_a_file_that_reads_differently_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(mlp: MLP, path: Path, notes: dict[str, str]) -> MLP:
-        path.write_text("another one")
-        other = deepcopy(mlp)
-        other.output.bias.data += 0.01
-        return other
+    save = torch.jit.save
 
-    monkeypatch.setattr(export_module, "_torchscript", write)
+    def write(network: Any, path: Path, **notes: Any) -> None:
+        other = MLP(17)
+        other.output.bias.data += 0.01
+        save(torch.jit.trace(other, torch.zeros(1, 784)), path, **notes)
+
+    monkeypatch.setattr(torch.jit, "save", write)
     (tmp_path / "x.pt").write_text("the last one")
     with pytest.raises(ExportError, match="differ from PyTorch's"):
         export(MLP(17), "torchscript", str(tmp_path / "x.pt"), torch.rand(5, 784), "nothing")

@@ -523,7 +523,8 @@ def test_nearly_all_pasted_digits_are_read_right(run_cli: RunCLI, mnist_root: st
 def test_the_figure_says_why(tmp_path: Path, digits: Array) -> None:
     mlp = MLP(20, init_std=0.1).eval().requires_grad_(False)
     save(tmp_path / "0.png", as_picture(digits[0]))
-    seen = {tmp_path / "0.png": preprocess(tmp_path / "0.png")}
+    save(tmp_path / "thin.png", Image.new("L", (3000, 12)))
+    seen = {path: preprocess(path) for path in (tmp_path / "0.png", tmp_path / "thin.png")}
     probabilities, _ = reading.classify(mlp, seen)
     reading.draw(str(tmp_path / "figure.png"), seen, probabilities, mlp)
     with Image.open(tmp_path / "figure.png") as figure:

@@ -284,13 +284,16 @@ def test_another_seed_is_another_run(run_cli: RunCLI, tmp_path: Path) -> None:
 
 def test_best_and_last_mean_the_newest_run(run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("fit", "--trainer.max_epochs=2", "--model.hidden_dim=17") == 0
+    # A run from Python, which leaves checkpoints of other names, is not meant.
+    (tmp_path / "lightning_logs/version_1/checkpoints").mkdir(parents=True)
+    (tmp_path / "lightning_logs/version_1/checkpoints/epoch=1-step=22.ckpt").touch()
     test_line = capsys.readouterr().out.splitlines()[-3]
     assert run_cli("test", "--ckpt_path=best") == 0
     assert test_line in capsys.readouterr().out.splitlines()
     assert run_cli("validate", "--ckpt_path=last") == 0
     assert re.search(r"^Validation loss: \d\.\d\d, validation accuracy: \d+\.\d%$", capsys.readouterr().out, re.M)
     assert run_cli("predict", "--ckpt_path=best") == 0
-    with (tmp_path / "lightning_logs/version_3/predictions.csv").open() as file:
+    with (tmp_path / "lightning_logs/version_4/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == SMALL["t10k"]
     assert {row["digit"] for row in rows} <= set("0123456789")

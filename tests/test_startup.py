@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RunCLI
+from conftest import VAL_SIZE, RunCLI
 from PIL import Image
 
-from mnist_lightning.commands import COMMANDS, VAL_SIZE
+from mnist_lightning import commands
+from mnist_lightning.commands import COMMANDS
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.engine.cli import CLI
 from mnist_lightning.engine.main import TRAINER_COMMANDS
@@ -42,7 +43,7 @@ def test_no_command_imports_what_it_does_not_use(run_cli: RunCLI, tmp_path: Path
         (): {"torch"} | TRAINING | DRAWING,
         ("--help",): {"torch"} | TRAINING | DRAWING,
         ("fti",): {"torch"} | TRAINING | DRAWING,
-        ("data", "--data.dataset=synthetic", f"--data.root={root}"): TRAINING,
+        ("data", "--data.dataset=synthetic", f"--data.root={root}", f"--data.val_size={VAL_SIZE}"): TRAINING,
         ("read", "digit.png"): TRAINING | {"matplotlib", "scipy"},
         ("demo", "--no-open"): TRAINING | DRAWING,
         ("export", "--format=safetensors", "--data.dataset=synthetic", f"--data.root={root}"): TRAINING | DRAWING,
@@ -56,12 +57,13 @@ def test_no_command_imports_what_it_does_not_use(run_cli: RunCLI, tmp_path: Path
         output, _ = process.communicate(timeout=200)
         imported = set(output.rpartition("imported:")[2].split())
         assert "mnist_lightning" in imported, command
+        assert process.returncode == (2 if command in ((), ("fti",), ("fit", "--data.ruut=x")) else 0), command
         assert not imported & (unused[command] | OTHERS), command
 
 
 def test_what_is_written_twice_is_the_same() -> None:
     """Here, since each command would have to import Lightning for it."""
-    assert inspect.signature(MNISTDataModule).parameters["val_size"].default == VAL_SIZE
+    assert inspect.signature(MNISTDataModule).parameters["val_size"].default == commands.VAL_SIZE
     assert CLI.subcommands().keys() == TRAINER_COMMANDS.keys()
     assert not COMMANDS.keys() & TRAINER_COMMANDS.keys()
 

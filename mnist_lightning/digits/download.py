@@ -2,8 +2,9 @@
 
 import errno
 import socket
+import threading
 import time
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import Future
 from pathlib import Path
 
 # A mirror that sends nothing for so long is given up, and so is the whole download.
@@ -16,33 +17,41 @@ def fetch(names: list[str], directory: str) -> str:
     Raises:
         OSError: The disk is full.
     """
+    result: Future[str] = Future()
+    given_up = threading.Event()
+
+    def fetch_all() -> None:
+        try:
+            failures = (_from_mirrors(f"{name}.gz", directory, given_up) for name in names)
+            result.set_result(next(filter(None, failures), ""))
+        except Exception as error:
+            result.set_exception(error)
+
     # torchvision sets no time limit, and no socket's would cover looking up a name or a host with many addresses.
+    thread = threading.Thread(target=fetch_all, daemon=True)
     default = socket.getdefaulttimeout()
     socket.setdefaulttimeout(MIRROR_TIMEOUT)
     try:
-        result = ThreadPool(1).apply_async(_fetch_all, (names, directory))
+        thread.start()
         size, since = -1, time.monotonic()
-        while not result.ready() and time.monotonic() - since < DOWNLOAD_TIMEOUT:
-            result.wait(0.1)
+        while thread.is_alive() and time.monotonic() - since < DOWNLOAD_TIMEOUT:
+            thread.join(0.1)
             now = sum(path.stat().st_size for path in Path(directory).iterdir())
             if now != size:
                 size, since = now, time.monotonic()
     finally:
         socket.setdefaulttimeout(default)
-    return result.get() if result.ready() else f"nothing arrived for {DOWNLOAD_TIMEOUT:.0f} s"
+        given_up.set()
+    return f"nothing arrived for {DOWNLOAD_TIMEOUT:.0f} s" if thread.is_alive() else result.result()
 
 
-def _fetch_all(names: list[str], directory: str) -> str:
-    return next(filter(None, (_from_mirrors(f"{name}.gz", directory) for name in names)), "")
-
-
-def _from_mirrors(name: str, directory: str) -> str:
+def _from_mirrors(name: str, directory: str, given_up: threading.Event) -> str:
     from torchvision.datasets import MNIST  # takes a second, and mostly nothing is to be downloaded
     from torchvision.datasets.utils import download_and_extract_archive
 
     failures = []
     for mirror in MNIST.mirrors:
-        if not Path(directory).exists():  # `fetch` has given up
+        if given_up.is_set():
             break
         try:
             download_and_extract_archive(f"{mirror}{name}", directory, filename=name, md5=dict(MNIST.resources)[name])

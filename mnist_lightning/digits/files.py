@@ -51,7 +51,7 @@ def get(dataset: Dataset, root: Path) -> Path:
                 if dataset == "mnist":
                     raise
                 _warn_of_stand_in(error)
-        return _get_synthetic(root)
+        return _get_synthetic(find("synthetic", root), root)
     except OSError as error:
         cause = f"{error.filename or root}: {error.strerror or error}"
         raise DataError(f"{cause}; mend that or give another --data.root") from error
@@ -167,11 +167,13 @@ def _refuse_own(raw: Path) -> None:
             )
 
 
-def _get_synthetic(root: Path) -> Path:
-    raw = root / "synthetic" / "raw"
-    with idx.alone(raw):
+def _get_synthetic(raw: Path, root: Path) -> Path:
+    # Aside and then moved, as above: some file systems have no locks.
+    with idx.alone(raw), TemporaryDirectory(dir=root, prefix=".make-") as directory:
         if not synthetic.is_complete(raw):
-            synthetic.make(raw)
+            synthetic.make(Path(directory))
+            for path in Path(directory).iterdir():
+                path.replace(raw / path.name)
     return raw
 
 

@@ -121,16 +121,14 @@ def _values(path: Path, *shape: int) -> Tensor:
     size = header.size + count * math.prod(shape)
     if magic != (expected := 0x801 + len(shape)):
         kind = "images" if shape else "labels"
-        problem = f"it begins with the bytes {magic:08x}, an IDX file of {kind} with {expected:08x}"
+        fault = f"it begins with the bytes {magic:08x}, an IDX file of {kind} with {expected:08x}"
     elif tuple(sides) != shape:
-        problem = f"its images are {'x'.join(map(str, sides))} (bytes 8 to {header.size - 1}); expected {SIDE}x{SIDE}"
+        fault = f"its images are {'x'.join(map(str, sides))} (bytes 8 to {header.size - 1}); expected {SIDE}x{SIDE}"
     elif content.size != size or not count:
-        problem = (
-            f"for the {count:,} of its header (bytes 4 to 7) it would have {size:,} bytes; it has {content.size:,}"
-        )
+        fault = f"for the {count:,} of its header (bytes 4 to 7) it would have {size:,} bytes; it has {content.size:,}"
     else:
         return torch.from_numpy(content[header.size :].reshape(count, *shape))
-    raise DataError(f"{path} is damaged or of another kind: {problem}")
+    raise DataError(f"{path} is damaged or of another kind: {fault}")
 
 
 def _unpack_beside(path: Path) -> None:

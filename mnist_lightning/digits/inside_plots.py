@@ -112,9 +112,7 @@ def project(trainer: Any, network: nn.Module, data: Any, predictions: Tensor) ->
         points = found[max(index for index, layer in enumerate(found) if layer.weights) - 1].outputs.detach().flatten(1)
         labels, pictures = torch.stack([true, read], 1).tolist(), 1 - images.view(-1, 1, SIDE, SIDE)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_embedding"):
-                logger.experiment.add_embedding(
-                    points, labels, pictures, trainer.global_step, "hidden", ["digit", "read"]
-                )
+            if add := getattr(logger.experiment, "add_embedding", None):
+                add(points, labels, pictures, trainer.global_step, "hidden", ["digit", "read"])
     except Exception as error:  # as above
         say(f"Nothing in the projector: {error}".partition("\n")[0])

@@ -183,7 +183,7 @@ def _dark_ink(values: Array, tight: bool) -> tuple[Array, float]:
     parts = mass >= max(0.05 * mass.max(), 1e-9)  # the others are specks
     ink *= cv2.dilate(parts[labels].astype(np.uint8), np.ones((5, 5), np.uint8))  # with the faint pixels at their edges
     # A 0's hole differs from the 0 as much as ink from paper, but is smaller; a shadow differs less; and most of the
-    # picture's edge is paper. So: the size, times the contrast cubed, less where the edge is as dark as ink.
+    # picture's edge is paper. So the score is the size times the contrast cubed, less where the edge is dark.
     inset = min(values.shape) // 24
     rim = _rim(values[inset : len(values) - inset, inset : values.shape[1] - inset])
     edge = float((rim < level).mean())

@@ -22,9 +22,6 @@ class Figure(matplotlib.figure.Figure):
         return png.getvalue()
 
 
-TRAIN_COLOR, VAL_COLOR = "#4878a8", "#d1602a"
-
-
 def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
     """Draw up to nine digits in a 3x3 grid.
 
@@ -133,8 +130,8 @@ def training_curves(train: Tensor, val: Tensor, heading: str) -> Figure:
     for column, (axes, (name, scale, corner)) in enumerate(zip(figure.subplots(1, 2), panels, strict=True), 1):
         (x, y), (val_x, val_y) = (rows[:, [0, column]].T.numpy() for rows in (train, val))
         marker = "o" if len(x) == 1 else ""
-        axes.plot(x, y * scale, color=TRAIN_COLOR, marker=marker, ms=4, alpha=0.7, lw=1, label="training minibatch")
-        axes.plot(val_x, val_y * scale, color=VAL_COLOR, marker="o", ms=4, label="validation")
+        axes.plot(x, y * scale, color="#4878a8", marker=marker, ms=4, alpha=0.7, lw=1, label="training minibatch")
+        axes.plot(val_x, val_y * scale, color="#d1602a", marker="o", ms=4, label="validation")
         axes.set(xlabel="iteration", ylabel=name)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -10,12 +10,15 @@ from mnist_lightning.engine.run import run_directory, say
 
 
 class PredictionWriter(pl.Callback):
-    """Writes `predictions.csv`: for each image its number, the digit read, and that digit's probability."""
+    """Writes `predictions.csv`: for each image its number, the digit read, and that digit's probability.
+
+    It takes the probabilities, (B, 10), that the Trainer keeps of one loader, unless told not to.
+    """
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
         parts = (gather(trainer, part.to(pl_module.device)) for part in trainer.predict_loop.predictions)
-        best, digits = torch.cat([*parts]).cpu().float().max(dim=1)
+        best, digits = torch.cat(list(parts)).cpu().float().max(dim=1)
         if folder := run_directory(trainer):
             with (folder / "predictions.csv").open("w", newline="") as file:
                 writer = csv.writer(file)

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -31,9 +31,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", 
 HEADER = ("file", "digit", "probability", "runner_up", "runner_up_probability", "note")
 
 SEVERAL = "more than one digit? read as one"
-
-# So many pictures take half a second and more: worth a progress bar.
-MANY = 100
 
 # More would be no overview; all are in the CSV file.
 LISTED, DRAWN = 100, 24
@@ -81,7 +78,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def preprocess_all(paths: Sequence[Path]) -> Iterator[Array | PictureError | None]:
-    """What `pictures.preprocess` returns or raises for each file; they are read on all CPU cores."""
+    """What `pictures.preprocess` returns or raises for each file, by as many threads as PyTorch has."""
     # In threads, since Pillow and OpenCV work without Python's lock.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         yield from pool.map(_preprocess_or_say, paths)
@@ -163,9 +160,12 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, ml
     def write(x: float, y: float, text: str, size: int = 14) -> None:
         pen.text((x, y), text, "black", fonts[size], anchor="mm", align="center", spacing=10)
 
-    def show(picture: Image.Image, left: int, top: int, title: str, method: int = Image.Resampling.NEAREST) -> None:
-        tile = ImageOps.pad(picture, (TILE, TILE), method, "white")
-        figure.paste(tile, (left, top), tile if tile.mode == "RGBA" else None)
+    def enlarged(digit: Array) -> Image.Image:
+        return Image.fromarray(digit).resize((TILE, TILE), Image.Resampling.NEAREST)
+
+    def show(picture: Image.Image, left: int, top: int, title: str) -> None:
+        corner = left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2
+        figure.paste(picture, corner, picture if picture.mode == "RGBA" else None)
         pen.rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
         write(left + TILE / 2, top - 14, title)
 
@@ -180,12 +180,13 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, ml
     greys = (255 * (1 - pixels)).byte().view(-1, SIDE, SIDE).numpy()
     for index, ((file, digit), row) in enumerate(zip(drawn, probabilities.tolist(), strict=False)):
         left, top = index % columns * WIDTH + 14, index // columns * HEIGHT + HEADING + 24
-        given = ImageOps.contain(pictures.load(file).convert("RGBA"), (TILE, TILE))
+        given = pictures.load(file).convert("RGBA")
+        given.thumbnail((TILE, TILE))
         given = Image.alpha_composite(Image.new("RGBA", given.size, "silver"), given)  # for white ink on nothing
         name = printable(file.name)
-        show(given, left, top, name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}", Image.Resampling.BICUBIC)
+        show(given, left, top, name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}")
         middle, right = left + TILE + 10, left + 2 * TILE + 22
-        show(Image.fromarray(greys[index]), middle, top, "as seen")
+        show(enlarged(greys[index]), middle, top, "as seen")
         first, second = best[index].tolist()
         write(right + 8 * CLASSES, top - 14, "blank" if digit is None else f"{first}  ({row[first]:.1%})")
         if digit is None:
@@ -196,7 +197,7 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, ml
             pen.rectangle((x + 2, round(bottom - probability * (TILE - 14)), x + 13, bottom), color)
             write(x + 8, bottom + 11, str(number), 12)
         pen.line((right, bottom, right + 16 * CLASSES, bottom), "black")
-        show(Image.fromarray(inks[index]), middle, top + TILE + 36, f"why {first}, not {second}")
+        show(enlarged(inks[index]), middle, top + TILE + 36, f"why {first}, not {second}")
         each, constant = says[index], constants[index]
         terms = {f"ink for {first}": each.clamp(min=0), f"ink for {second}": each.clamp(max=0), "constant": constant}
         lines = [f"{name} {part.sum():+.1f}" for name, part in terms.items()] + [f"= {each.sum() + constant:+.1f}"]

@@ -10,7 +10,6 @@ import torch
 from torch import Generator, Tensor
 
 from mnist_lightning.digits import idx
-from mnist_lightning.engine.checkpoint_file import write_whole
 
 VERSION = 1  # raise when the digits change; caches of another version are made again
 
@@ -194,8 +193,8 @@ def make(directory: Path) -> None:
         for name, values in {"images-idx3": images, "labels-idx1": labels.to(torch.uint8)}.items():
             # The IDX format: 0, 0, the type (8 is unsigned bytes), the rank, each dimension; then the values.
             header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
-            write_whole(directory / f"{split}-{name}-ubyte", header + values.numpy().tobytes())
-    write_whole(directory / MANIFEST, _manifest(directory))
+            (directory / f"{split}-{name}-ubyte").write_bytes(header + values.numpy().tobytes())
+    (directory / MANIFEST).write_bytes(_manifest(directory))
 
 
 def _manifest(directory: Path) -> bytes:

@@ -11,11 +11,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from . import processes
-from .guard import hold
-from .run import PROGRAM, numbered_runs, rank, run_directory, say
+from .run import PROGRAM, lock, numbered_runs, rank, run_directory, say
 from .tensorboard import RunLogger
 
 UNFINISHED = "unfinished.json"
@@ -52,15 +50,15 @@ def find(runs: Path, config: Any) -> tuple[str | None, Path | None, int | None]:
     Returns:
         The checkpoint, or None where there is none; in the first process also the run's directory, and its lock.
     """
-    devices = config.trainer.devices
-    # A script that asked SLURM for many processes may run a single one.
-    several = str(len(devices) if isinstance(devices, list) else devices) != "1" or config.trainer.num_nodes > 1
     launcher = processes.launcher()
     environment = launcher() if launcher else None
     number = environment.global_rank() if environment else rank()
-    run, lock = _newest(runs, _settings(config)) if number == 0 else (None, None)
+    run, held = _newest(runs, _settings(config)) if number == 0 else (None, None)
     last = run / "checkpoints" / "last.ckpt" if run else None
     checkpoint = str(last) if last and last.is_file() else None
+    devices = config.trainer.devices
+    # A script that asked SLURM for many processes may run a single one.
+    several = str(len(devices) if isinstance(devices, list) else devices) != "1" or config.trainer.num_nodes > 1
     if environment and several:
         decision = [checkpoint]
         processes.meet(environment, config.trainer.accelerator)
@@ -76,15 +74,15 @@ def find(runs: Path, config: Any) -> tuple[str | None, Path | None, int | None]:
         whose = "of this job" if job() else "with this model, data and seed"
         anew = f"begins {run} again, which has no checkpoint yet" if run else f"no unfinished run {whose}, starts anew"
         say(f"ckpt_path auto: {f'goes on from {checkpoint}' if checkpoint else anew}")
-    return checkpoint, run, lock
+    return checkpoint, run, held
 
 
 def _newest(runs: Path, settings: Any) -> tuple[Path | None, int | None]:
     for run in numbered_runs(runs):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, MisconfigurationException):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             begun = json.loads((run / UNFINISHED).read_text())
             if begun["settings"] == settings and job() in (None, begun["job"]):
-                return run, hold(run)
+                return run, lock(run)
     return None, None
 
 

@@ -43,21 +43,21 @@ def load_checkpoint(path: Path, network: Callable[..., nn.Module]) -> dict[str, 
             module = network(**checkpoint.setdefault("hyper_parameters", {}))
         # With the defaults of settings that are newer than the checkpoint.
         checkpoint["hyper_parameters"] |= getattr(module, "hparams", {})
-        expected, shapes = (
+        expected, saved = (
             {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in state.items()}
             for state in (module.state_dict(), checkpoint["state_dict"])
         )
         if not all(isinstance(count, int) for count in progress(checkpoint)):
             raise TypeError("epochs and iterations must be whole numbers")
+        if not isinstance(checkpoint.get("datamodule_hyper_parameters", {}), dict):
+            raise TypeError("the data's settings must be a dictionary")
         # Not the buffers: one may be a mask of -inf.
         weights = [checkpoint["state_dict"].get(name) for name, _ in module.named_parameters()]
         finite = all(weight is None or weight.isfinite().all() for weight in weights)
     except Exception as error:  # whatever plain values may lead to that are in the wrong place
         raise CheckpointError(f"{path} is not of this program: {type(error).__name__}: {error}") from error
-    if shapes != expected:
-        raise CheckpointError(
-            f"{path} is of another network: expected weights {_list(expected)}, found {_list(shapes)}"
-        )
+    if saved != expected:
+        raise CheckpointError(f"{path} is of another network: expected weights {_list(expected)}, found {_list(saved)}")
     if not finite:
         raise CheckpointError(f"{path} is refused: expected weights that are finite numbers, found some that are not")
     return checkpoint
@@ -79,7 +79,8 @@ def find(name: str, runs: Path) -> Path:
             raise CheckpointError(f"there is no checkpoint {name}")
         return Path(name)
     # Each run has the two, if it was validated; what only tests has a directory too, and no checkpoints.
-    newest = next((run for run in numbered_runs(runs) if any(run.glob("checkpoints/*.ckpt"))), None)
+    kinds = ("checkpoints/best.ckpt", "checkpoints/last.ckpt")
+    newest = next((run for run in numbered_runs(runs) if any((run / kind).exists() for kind in kinds)), None)
     if newest is None:
         raise CheckpointError(f"there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
     path = newest / "checkpoints" / f"{name}.ckpt"

@@ -17,13 +17,12 @@ class CheckpointCLI(LightningCLI):
     """Lightning's CLI, where `ckpt_path` may also be `best`, `last` or, for `fit`, `auto`.
 
     Attributes:
-        network_class: The class of the network, to be set before `__init__`.
         runs: Directory of the runs.
         resumed_run: Directory of the run that `fit` goes on with, if it is one of them.
         lock: That run's lock, if it is held already.
     """
 
-    network_class: type[pl.LightningModule]
+    model_class: type[pl.LightningModule]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Resolve `best` and `last`, add the settings of the run that is resumed, and check what Lightning does not."""
@@ -46,9 +45,10 @@ class CheckpointCLI(LightningCLI):
         fits = command == "fit"
         try:
             path = find(self.config[command].ckpt_path, self.runs)
-            checkpoint = load_checkpoint(path, self.network_class)
-            # A setting of older versions only, which took several steps in one `training_step`.
-            if fits and "steps_per_execution" in checkpoint.get("datamodule_hyper_parameters", {}):
+            checkpoint = load_checkpoint(path, self.model_class)
+            # Older versions had this setting, and took several steps in one `training_step`.
+            is_old = "steps_per_execution" in checkpoint.get("datamodule_hyper_parameters", {})
+            if fits and is_old and "random_states" not in checkpoint["loops"]["fit_loop"]:
                 raise CheckpointError(
                     "the checkpoint is of an older version of this program, whose runs cannot be resumed; its weights "
                     "still load for all other commands"
@@ -62,7 +62,7 @@ class CheckpointCLI(LightningCLI):
             if (run / "config.yaml").is_file():
                 self.config = parser.parse_args(["fit", "--config", str(run / "config.yaml"), *sys.argv[2:]])
         # A default was asked for by nobody, unless it stands in the run's own config.
-        defaults = {} if self.resumed_run else defaults_of(self.network_class)
+        defaults = {} if self.resumed_run else defaults_of(self.model_class)
         for name, value in checkpoint["hyper_parameters"].items():
             given = self.config[command].model[name]
             if given not in (value, defaults.get(name, value)):

@@ -6,6 +6,7 @@ from typing import Any, Literal, Union, get_args
 
 import lightning.pytorch as pl
 from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
@@ -26,36 +27,20 @@ from .report import MoreCurves, Report
 from .run import PROGRAM, RUNS, run_directory, say
 from .tensorboard import RunLogger
 
-TRAINER_DEFAULTS = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "max_epochs": 10,
-    "log_every_n_steps": 100,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-}
-
 
 class LightningParser(Parser, LightningArgumentParser):
     """Lightning's argument parser, with errors in one line."""
 
 
 class CLI(CheckpointCLI):
-    """`fit`, `validate`, `test` and `predict`.
-
-    Args:
-        model_class: The `LightningModule`.
-        datamodule_class: The `LightningDataModule`.
-        callbacks: Callbacks that every Trainer gets, without settings of their own.
-    """
+    """`fit`, `validate`, `test` and `predict`. The Trainer also gets `callbacks`, without settings of their own."""
 
     def __init__(
         self,
         model_class: type[pl.LightningModule],
         datamodule_class: type[pl.LightningDataModule],
-        callbacks: tuple[type[pl.Callback], ...] = (),
+        *callbacks: pl.Callback,
     ) -> None:
-        self.callbacks, self.network_class = callbacks, model_class
         _keep_limits_whole()
         super().__init__(
             model_class,
@@ -63,7 +48,15 @@ class CLI(CheckpointCLI):
             trainer_class=Trainer,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults={
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_epochs": 10,
+                "log_every_n_steps": 100,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "callbacks": [*callbacks],
+            },
             seed_everything_default=0,
             # A setting that does not exist must not be taken for one that begins in the same way.
             parser_kwargs={"prog": PROGRAM, "allow_abbrev": False},
@@ -111,8 +104,10 @@ class CLI(CheckpointCLI):
             given if isinstance(given, list) else [given] if given else []
             for given in (config.callbacks, config.plugins)
         )
+        if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
+            raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
         self._report = Report()
-        ours = (FiniteLosses(), self._report, MoreCurves(), *(kind() for kind in self.callbacks))
+        ours = FiniteLosses(), self._report, MoreCurves()
         callbacks = [ExactResumption(self.lock), processes.SeveralProcesses(), *callbacks, *ours]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
@@ -153,8 +148,7 @@ class CLI(CheckpointCLI):
             if self._best_and_last and self.config.fit.test_weights == "best":
                 best = self._best_and_last.best(self.trainer)
             # It would load the weights that it averages, not their average, which was validated and saved.
-            trainer: Any = self.trainer
-            trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, WeightAveraging)]
+            self.trainer.callbacks = [each for each in self.trainer.callbacks if not isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
             # The hyperparameters and the graph are logged already.
             self.trainer.enable_autolog_hparams = False
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)

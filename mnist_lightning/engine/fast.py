@@ -14,8 +14,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 # it returns the loss, (), or, with nothing done, None for a batch that is not like the first.
 FastStep: TypeAlias = Callable[[Any], Tensor | None]
 
-# What it stands for: methods that have to be those of the module that has it.
-STEP = ("training_step", "forward", "backward", "configure_gradient_clipping", "log", "log_dict")
+# Methods that a fast step replaces: where a subclass has one of its own, there is no fast step.
+REPLACED = ("training_step", "forward", "backward", "configure_gradient_clipping", "log", "log_dict")
 
 
 def make(trainer: pl.Trainer, batch: Any) -> FastStep | None:
@@ -51,7 +51,7 @@ def try_out(
 
 
 def allowed(trainer: pl.Trainer) -> bool:
-    """Whether there is a fast step, and nothing here that its author could not know of, as a hook or a subclass."""
+    """Whether there is a fast step, and no hook, subclass or setting that its author could not foresee."""
     module, (optimizer,) = trainer.lightning_module, trainer.optimizers
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
@@ -60,7 +60,7 @@ def allowed(trainer: pl.Trainer) -> bool:
         and trainer.world_size == 1
         and type(trainer.precision_plugin) in (Precision, DoublePrecision)
         and not trainer.gradient_clip_val
-        and all(_is_of_the_author(module, name) for name in STEP)
+        and all(_is_of_the_author(module, name) for name in REPLACED)
         and not torch.nn.modules.module._has_any_global_hook()
         and not any(getattr(part, name) for part in module.modules() for name in hooks)
         and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())

@@ -1,7 +1,6 @@
 """What is refused before a run goes wrong: two processes in one directory, and what could not be resumed exactly."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,7 +26,7 @@ class ExactResumption(pl.Callback):
     """
 
     def __init__(self, lock: int | None = None) -> None:
-        self._lock = lock  # what `hold` has returned already
+        self._lock = lock  # of the run's directory, if it is held already
         self._checkpoint: dict[str, Any] = {}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
@@ -39,7 +38,10 @@ class ExactResumption(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._lock is None and (run := run_directory(trainer)):
-            self._lock = hold(run)
+            try:
+                self._lock = lock(run)
+            except BlockingIOError as error:
+                raise MisconfigurationException(f"another process is training in {run}") from error
         # Lightning would refuse it too, but only after the training.
         limit, data = trainer.limit_test_batches, trainer.datamodule  # type: ignore[attr-defined]
         if data and isinstance(limit, float) and 0 < limit < 1 and int(limit * len(data.test_dataloader())) == 0:
@@ -81,18 +83,6 @@ def early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
     return next((c for c in callbacks if c.stopping_reason != EarlyStoppingReason.NOT_STOPPED), None)
 
 
-def hold(run: Path) -> int | None:
-    """`lock` a run's directory.
-
-    Raises:
-        MisconfigurationException: Another process holds it.
-    """
-    try:
-        return lock(run)
-    except BlockingIOError as error:
-        raise MisconfigurationException(f"another process is training in {run}") from error
-
-
 def _restore_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Let each schedule of a given length go on by the iteration alone.
 
@@ -103,9 +93,8 @@ def _restore_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """
     states = checkpoint["callbacks"]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging) and states.get(callback.state_key, {}).get(
-            "scheduler_state"
-        ):
+        averages = isinstance(callback, StochasticWeightAveraging)
+        if averages and states.get(callback.state_key, {}).get("scheduler_state"):
             checkpoint["lr_schedulers"] = []  # it has put its own in the place of ours, and restores that itself
             return
     schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]

@@ -71,7 +71,7 @@ class QuietLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """Begin an epoch, or go on within one, also with a loader that cannot say how far it was."""
         self._visited = False  # the first iteration is visited: quiet ones need what it logged
-        self._pace = 1  # iterations that take about as long as `LOOK_EVERY`
+        self._pace = 1  # iterations between two looks; several processes look every `LOOK_EVERY`
         self.trainer.quiet_losses.clear()
         self.trainer.fit_loop.prepare_loader()
         super().on_run_start(data_fetcher)
@@ -198,8 +198,10 @@ class QuietLoop(_TrainingEpochLoop):
 
 @contextlib.contextmanager
 def _quiet_log(module: pl.LightningModule, results: Any) -> Iterator[None]:
-    """Let `self.log` keep the same values in quiet iterations, but check the arguments of like calls only once."""
-    log, known, unreduced = module.log, dict[Any, Any](), dict[str, tuple[Any, Tensor]]()
+    """Let `self.log` keep the same values in quiet iterations, but check the arguments of repeated calls only once."""
+    log = module.log
+    known: dict[Any, Any] = {}
+    unreduced: dict[str, tuple[Any, Tensor]] = {}
 
     def quietly(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         key = (name, *args, *kwargs.items())

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 
 from .parser import UsageError, did_you_mean
 from .run import PROGRAM, printable, rank, say
-from .startup import leave
 
 # Of `LightningCLI`, whose import takes seconds.
 TRAINER_COMMANDS = {
@@ -40,7 +39,7 @@ def main(train: Callable[[], int], commands: Mapping[str, Callable[[list[str]], 
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_initialized():
         # PyTorch's threads may outlive the interpreter and abort it: in 4 of 180 processes that did nothing else.
-        leave(code)
+        os._exit(code)
     return code
 
 

@@ -75,7 +75,9 @@ def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
 
 
 # Of the errors of a union's types, those of types that were never meant tell nothing.
-UNTELLING = re.compile(r"Expected an? (?!.*Got value)|Not a valid subclass|Import path .* does not correspond")
+UNTELLING = re.compile(
+    r"Expected an? (?!instantiatable|.*Got value)|Not a valid subclass|Import path .* does not correspond"
+)
 
 
 def shorter(message: str) -> str:
@@ -118,8 +120,9 @@ def check_values(config: Any) -> None:
     if isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UsageError(f"seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}")
     for name, least in (OR_UNLIMITED | MINIMA).items():
-        value, choice = trainer[name], ", or -1 for no limit" * (name in OR_UNLIMITED)
-        if value is not None and value < least and not (choice and value == -1):
+        value, may_be_unlimited = trainer[name], name in OR_UNLIMITED
+        if value is not None and value < least and not (may_be_unlimited and value == -1):
+            choice = ", or -1 for no limit" if may_be_unlimited else ""
             raise UsageError(f"trainer.{name} must be at least {least}{choice}, not {value}")
     if trainer.val_check_interval == 0:
         raise UsageError("trainer.val_check_interval must be above 0; trainer.limit_val_batches 0 does not validate")

@@ -116,9 +116,9 @@ def _waiting(what: str, seconds: float) -> Iterator[None]:
             signal.set_wakeup_fd(before)
 
 
-def agree(strategy: Strategy, number: int, on: str = "min") -> int:
-    """The least or, `on` "max", the largest of the processes' numbers; each process has to call it."""
-    return int(strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op=on))
+def agree(strategy: Strategy, number: int, reduce_op: str = "min") -> int:
+    """The least (`min`) or the largest (`max`) of the processes' numbers; each process has to call it."""
+    return int(strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op=reduce_op))
 
 
 def gather(trainer: pl.Trainer, part: Tensor) -> Tensor:

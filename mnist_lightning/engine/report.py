@@ -1,4 +1,4 @@
-"""What a run tells: lines on the console, two curves more, figures, and `results.json`."""
+"""What a run tells: lines on the console, two curves more, and figures."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -50,8 +50,7 @@ class Report(pl.Callback):
         return self._loaded[0] if self._loaded else trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
-        history = {"train": self.train, "val": self.val, "train_seconds": self.train_seconds}
-        return {**history, "dataset": self._dataset}
+        return {"train": self.train, "val": self.val, "train_seconds": self.train_seconds, "dataset": self._dataset}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Testing the best checkpoint after a fit must not forget the epochs that came after it.
@@ -92,16 +91,14 @@ class Report(pl.Callback):
         if trainer.global_step:
             # Not earlier: a run that cannot be resumed keeps its curves.
             tensorboard.rewind(trainer)
-        settings = {**pl_module.hparams, **data_settings(trainer)}
-        tensorboard.log_settings(trainer, settings, ("test/acc", "test/loss", "val/acc", "val/loss"))
+        tensorboard.log_settings(trainer, {**pl_module.hparams, **data_settings(trainer)})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
-        if not is_due or (measured := metrics(trainer, "train")) is None:
-            return
-        self._say_train(iteration, *measured)
+        if is_due and (measured := metrics(trainer, "train")):
+            self._say_train(iteration, *measured)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or (measured := metrics(trainer, "val")) is None:
@@ -152,17 +149,13 @@ class Report(pl.Callback):
         say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
 
     def _write_results(self, trainer: pl.Trainer) -> None:
-        folder, validated = run_directory(trainer), None
-        if folder is None:
-            return
         # Validation of the very weights that are tested, if it was on the same dataset.
         tested = data_settings(trainer).get("dataset")
         iteration, dataset = self._loaded or (trainer.global_step, tested)
-        for row in self.val if self._loaded or self._is_validated else []:
-            if row[0] == iteration and dataset == tested:
-                validated = row[1], row[2]
-        iterations = trainer.global_step or self.iteration(trainer)
-        write_results(folder, trainer, iterations, self.train_seconds, validated)
+        counts = dataset == tested and (self._loaded or self._is_validated)
+        measured = [(loss, acc) for at, loss, acc in self.val if counts and at == iteration]
+        validated = measured[-1] if measured else None
+        write_results(trainer, trainer.global_step or iteration, self.train_seconds, validated)
 
 
 class MoreCurves(pl.Callback):

@@ -1,37 +1,33 @@
 """`results.json`: what a run has reached, in flat keys."""
 
+import contextlib
 import json
-from pathlib import Path
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import lightning.pytorch as pl
 
-from .run import versions
+from .run import PROGRAM, run_directory
 
 
-def write_results(
-    folder: Path, trainer: pl.Trainer, iteration: int, train_seconds: float, validated: tuple[float, float] | None
-) -> None:
+def write_results(trainer: pl.Trainer, iterations: int, seconds: float, validated: tuple[float, float] | None) -> None:
     """Write what is known by now, after training and again after a test.
 
-    Args:
-        folder: The run's directory.
-        trainer: With metrics of a test, if it has tested.
-        iteration: Optimizer steps of the run.
-        train_seconds: Seconds spent in the fit loop.
-        validated: Loss and accuracy in validation of the very weights that training left or that were tested.
+    `validated` are loss and accuracy in validation of the very weights that training left or that were tested.
     """
+    if (folder := run_directory(trainer)) is None:
+        return
     settings = data_settings(trainer)
-    results: dict[str, Any] = {
-        "dataset": settings.get("dataset"),
-        "seed": settings.get("seed"),
-        "iterations": iteration,
-    }
-    results["train_seconds"] = round(train_seconds, 3)
+    results: dict[str, Any] = {name: settings.get(name) for name in ("dataset", "seed")}
+    results |= {"iterations": iterations, "train_seconds": round(seconds, 3)}
     for split, measured in {"val": validated, "test": metrics(trainer, "test")}.items():
         if measured:
             results |= dict(zip((f"{split}/loss", f"{split}/acc"), measured, strict=True))
-    results["versions"] = versions()
+    results["versions"] = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "lightning", PROGRAM.replace("_", "-")):  # what decides a run's results
+        with contextlib.suppress(PackageNotFoundError):
+            results["versions"][name] = version(name)
     (folder / "results.json").write_text(json.dumps(results, indent=4) + "\n")
 
 

@@ -1,8 +1,6 @@
 """Where a run writes its files, and how it speaks on the console."""
 
-import contextlib
 import os
-import platform
 import re
 import sys
 from pathlib import Path
@@ -65,17 +63,6 @@ def lock(directory: Path, wait: bool = False) -> int | None:
     except OSError:
         pass  # a file system without locks
     return descriptor
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what decides a run's results."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "lightning", PROGRAM.replace("_", "-")):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def say(line: str, end: str = "\n") -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +63,13 @@ def rewind(trainer: pl.Trainer) -> None:
         writer.file_writer.add_event(Event(step=trainer.global_step, session_log=restart))
 
 
-def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
-    """Tell the HParams tab which settings and metrics to compare."""
+def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
+    """Tell the HParams tab which settings to compare, and by which metrics."""
     from torch.utils.tensorboard.summary import hparams
 
     plain = {name: str(value) if isinstance(value, dict) else value for name, value in settings.items()}
     for writer in _writers(trainer):
-        for summary in hparams(plain, dict.fromkeys(metrics)):
+        for summary in hparams(plain, dict.fromkeys(("test/acc", "test/loss", "val/acc", "val/loss"))):
             writer.file_writer.add_summary(summary)
 
 

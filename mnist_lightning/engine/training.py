@@ -22,6 +22,8 @@ SILENT = re.compile(
     r"|Loaded model weights|Loading `train_dataloader`|Initializing distributed|distributed_backend=|`Trainer\(limit_"
 )
 
+DEFAULT_HOOK = threading.excepthook
+
 
 def run(cli: Callable[[], CLI]) -> int:
     """Run one of Lightning's commands, by `cli`; return 0, or 128 + the number of a signal that ended training.
@@ -57,7 +59,7 @@ def run(cli: Callable[[], CLI]) -> int:
 def _say_of_thread(error: threading.ExceptHookArgs) -> None:
     # On a full disk TensorBoard's writer fails in a thread, and then again where it is called.
     if not issubclass(error.exc_type, OSError):
-        threading.__excepthook__(error)
+        DEFAULT_HOOK(error)
 
 
 def _is_said(record: logging.LogRecord) -> bool:
@@ -74,7 +76,6 @@ def _silence_what_no_user_can_act_on() -> None:
         r"The number of training batches .* is smaller than the logging interval",  # a short run is no mistake
         r"Checkpoint directory .* exists and is not empty",  # of the run that is being resumed
         r"The `srun` command is available on your system",  # also on a machine that only hands jobs in
-        r"LightningCLI's args parameter is intended to run from within Python",  # to add a run's own config
         r"(?s)\s*Unable to serialize instance",  # `config.py` writes it all the same
         r"Be aware that when using `ckpt_path`, callbacks",  # only `fit` writes checkpoints
     ):

@@ -49,23 +49,20 @@ def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained
     mlp = mlp.eval()
     aside = path.with_name(f"{path.name}.unchecked")
     try:
-        with warnings.catch_warnings():
-            # TorchScript's successor, `torch.export`, is what the format `onnx` is made by.
-            warnings.simplefilter("ignore")
-            exported = write(mlp, aside, {"input": INPUT, "output": OUTPUT, "trained_on": trained_on})
+        exported = write(mlp, aside, {"input": INPUT, "output": OUTPUT, "trained_on": trained_on})
         difference = max((exported(part) - mlp(part)).abs().max().item() for part in (images, images[:1]))
         if not difference <= TOLERANCE:
             raise ExportError(f"{path} is not written: logits would differ from PyTorch's by up to {difference:.1e}")
         aside.replace(path)
-    except ImportError as error:
-        raise ExportError(f'{error.name or error} is not installed; get it with: pip install -e ".[export]"') from error
+    except ModuleNotFoundError as error:
+        raise ExportError(f'{error.name} is not installed; get it with: pip install -e ".[export]"') from error
     finally:
         aside.unlink(missing_ok=True)
     return path, difference
 
 
 def _onnx(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Tensor]:
-    import onnxscript  # noqa: F401 (whose absence PyTorch would not notice if it was imported before)
+    import onnxscript  # noqa: F401 (PyTorch imports it late, and its error would not name it)
     from onnxruntime import InferenceSession
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -86,8 +83,11 @@ def _onnx(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Ten
 
 
 def _torchscript(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Tensor]:
-    torch.jit.save(torch.jit.trace(mlp, torch.zeros(2, PIXELS)), path, _extra_files=notes)
-    network: Callable[[Tensor], Tensor] = torch.jit.load(path)
+    with warnings.catch_warnings():
+        # PyTorch warns that TorchScript is deprecated; the format `onnx` is made by its successor.
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(mlp, torch.zeros(2, PIXELS)), path, _extra_files=notes)
+        network: Callable[[Tensor], Tensor] = torch.jit.load(path)
     return network
 
 
