@@ -340,6 +340,21 @@ def old_run(run_cli: RunCLI, tmp_path: Path) -> Path:
     return run
 
 
+def test_a_new_checkpoint_with_a_setting_of_old_ones_is_resumed(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a data module of the user's may have one of this name, and a module manual optimization."""
+    assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=7", "--test_after_fit=false") == 0
+    path = tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt"
+    checkpoint = read(path)
+    checkpoint["datamodule_hyper_parameters"]["steps_per_execution"] = 5
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    fit_loop["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"] = 3
+    torch.save(checkpoint, path)
+    assert run_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2", "--test_after_fit=false") == 0
+    assert "after iteration 11" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_an_old_checkpoints_weights_load_for_all_commands_but_fit(
     run_cli: RunCLI, old_run: Path, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str], by_name: bool

@@ -48,7 +48,7 @@ class CheckpointCLI(LightningCLI):
             checkpoint = load_checkpoint(path, self.model_class)
             # Older versions had this setting, and took several steps in one `training_step`.
             is_old = "steps_per_execution" in checkpoint.get("datamodule_hyper_parameters", {})
-            if fits and is_old and "random_states" not in checkpoint["loops"]["fit_loop"]:
+            if fits and is_old and "random_states" not in checkpoint["loops"]["fit_loop"]["state_dict"]:
                 raise CheckpointError(
                     "the checkpoint is of an older version of this program, whose runs cannot be resumed; its weights "
                     "still load for all other commands"
