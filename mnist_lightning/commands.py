@@ -33,8 +33,7 @@ def data(arguments: list[str]) -> None:
         from mnist_lightning.model import CLASSES
     root = Path(config.data.root)
     raw = files.get(config.data.dataset, root)
-    dataset = files.describe(config.data.dataset, root, raw)["dataset"]
-    name = files.NAMES.get(dataset, dataset)
+    name = files.full_name(files.describe(config.data.dataset, root, raw)["dataset"])
     (images, labels), test = idx.load(raw, "train"), idx.load(raw, "t10k")
     held_out = config.data.val_size
     if not 1 <= held_out < len(labels):
@@ -154,7 +153,7 @@ COMMANDS = {"data": data, "read": read, "demo": demo, "export": export_network}
 
 
 def _parser(name: str, description: str) -> Parser:
-    parser = Parser(prog=f"mnist_lightning {name}", description=description, allow_abbrev=False)
+    parser = Parser(prog=f"mnist_lightning {name}", description=description)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in yaml format")
     return parser
 
@@ -192,10 +191,12 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
         checkpoint = checkpoint_file.load_checkpoint(path, classifier)
     except checkpoint_file.CheckpointError as error:
         raise UsageError(f"ckpt_path: {error}") from error
-    mlp = MLP(checkpoint["hyper_parameters"]["hidden_dim"]).eval().requires_grad_(False)
-    mlp.load_state_dict({name.removeprefix("mlp."): weight for name, weight in checkpoint["state_dict"].items()})
-    dataset = str(checkpoint.get("datamodule_hyper_parameters", {}).get("dataset", "other data"))
-    trained_on = printable(f"{files.NAMES.get(dataset, dataset)}, {checkpoint['global_step']:,} iterations")
+    network = classifier(**checkpoint["hyper_parameters"])
+    network.load_state_dict(checkpoint["state_dict"])
+    mlp = network["mlp"].eval().requires_grad_(False)
+    assert isinstance(mlp, MLP)
+    dataset = str(checkpoint["datamodule_hyper_parameters"].get("dataset", "other data"))
+    trained_on = printable(f"{files.full_name(dataset)}, {checkpoint['global_step']:,} iterations")
     say(printable(f"Weights: {path}, trained on {trained_on}"))
     return mlp, trained_on
 

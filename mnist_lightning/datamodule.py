@@ -59,8 +59,7 @@ class MNISTDataModule(DeviceDataModule):
     @property
     def dataset_name(self) -> str:
         """`MNIST`, `stand-in digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
-        name: str = self.hparams["dataset"]
-        return files.NAMES.get(name, name)
+        return files.full_name(self.hparams["dataset"])
 
     @property
     def raw(self) -> Path:

@@ -199,6 +199,13 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
             prepare(dataset, tmp_path / "file")
 
 
+def test_a_whole_stand_in_is_only_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie where nothing can be written."""
+    monkeypatch.setattr(files, "TemporaryDirectory", None)
+    monkeypatch.setattr(idx, "alone", None)
+    assert files.get("synthetic", root) == root / "synthetic" / "raw"
+
+
 def test_the_stand_in_is_made_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "make", lambda directory: pytest.fail("makes them again"))
     prepare("synthetic", root)

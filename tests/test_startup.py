@@ -12,7 +12,6 @@ from conftest import VAL_SIZE, RunCLI
 from PIL import Image
 
 from mnist_lightning import commands
-from mnist_lightning.commands import COMMANDS
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.engine.cli import CLI
 from mnist_lightning.engine.main import TRAINER_COMMANDS
@@ -65,7 +64,7 @@ def test_what_is_written_twice_is_the_same() -> None:
     """Here, since each command would have to import Lightning for it."""
     assert inspect.signature(MNISTDataModule).parameters["val_size"].default == commands.VAL_SIZE
     assert CLI.subcommands().keys() == TRAINER_COMMANDS.keys()
-    assert not COMMANDS.keys() & TRAINER_COMMANDS.keys()
+    assert not commands.COMMANDS.keys() & TRAINER_COMMANDS.keys()
 
 
 @pytest.mark.parametrize(

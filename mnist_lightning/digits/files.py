@@ -12,7 +12,6 @@ from mnist_lightning.digits.idx import DataError
 
 Dataset: TypeAlias = Literal["auto", "mnist", "synthetic", "files"]
 
-# As people read them.
 NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
 
 # MD5 sums of the unpacked files; torchvision knows those of the gzipped ones.
@@ -22,6 +21,11 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+
+
+def full_name(dataset: str) -> str:
+    """A data set's name as people read it: `MNIST`, `stand-in digits (not MNIST)`, or another one's as it is."""
+    return NAMES.get(dataset, dataset)
 
 
 class UnreachableError(DataError):
@@ -51,7 +55,10 @@ def get(dataset: Dataset, root: Path) -> Path:
                 if dataset == "mnist":
                     raise
                 _warn_of_stand_in(error)
-        return _get_synthetic(find("synthetic", root), root)
+        raw = find("synthetic", root)
+        if not synthetic.is_complete(raw):  # else it may lie where nothing can be written
+            _make_synthetic(raw, root)
+        return raw
     except OSError as error:
         cause = f"{error.filename or root}: {error.strerror or error}"
         raise DataError(f"{cause}; mend that or give another --data.root") from error
@@ -167,14 +174,13 @@ def _refuse_own(raw: Path) -> None:
             )
 
 
-def _get_synthetic(raw: Path, root: Path) -> Path:
+def _make_synthetic(raw: Path, root: Path) -> None:
     # Aside and then moved, as above: some file systems have no locks.
     with idx.alone(raw), TemporaryDirectory(dir=root, prefix=".make-") as directory:
         if not synthetic.is_complete(raw):
             synthetic.make(Path(directory))
             for path in Path(directory).iterdir():
                 path.replace(raw / path.name)
-    return raw
 
 
 def _warn_of_stand_in(error: UnreachableError) -> None:

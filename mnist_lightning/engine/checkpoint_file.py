@@ -49,7 +49,7 @@ def load_checkpoint(path: Path, network: Callable[..., nn.Module]) -> dict[str, 
         )
         if not all(isinstance(count, int) for count in progress(checkpoint)):
             raise TypeError("epochs and iterations must be whole numbers")
-        if not isinstance(checkpoint.get("datamodule_hyper_parameters", {}), dict):
+        if not isinstance(checkpoint.setdefault("datamodule_hyper_parameters", {}), dict):
             raise TypeError("the data's settings must be a dictionary")
         # Not the buffers: one may be a mask of -inf.
         weights = [checkpoint["state_dict"].get(name) for name, _ in module.named_parameters()]

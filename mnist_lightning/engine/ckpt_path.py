@@ -20,6 +20,7 @@ class CheckpointCLI(LightningCLI):
         runs: Directory of the runs.
         resumed_run: Directory of the run that `fit` goes on with, if it is one of them.
         lock: That run's lock, if it is held already.
+        checkpoint: The path of the checkpoint, if one is taken.
     """
 
     model_class: type[pl.LightningModule]
@@ -31,6 +32,7 @@ class CheckpointCLI(LightningCLI):
         self.runs = runs_directory(config.trainer)
         self.resumed_run: Path | None = None
         self.lock: int | None = None
+        self.checkpoint: str | None = None
         if config.ckpt_path == "auto" and self.config.subcommand == "fit":
             config.ckpt_path, self.resumed_run, self.lock = auto.find(self.runs, config)
         if config.ckpt_path:
@@ -47,8 +49,8 @@ class CheckpointCLI(LightningCLI):
             path = find(self.config[command].ckpt_path, self.runs)
             checkpoint = load_checkpoint(path, self.model_class)
             # Older versions had this setting, and took several steps in one `training_step`.
-            is_old = "steps_per_execution" in checkpoint.get("datamodule_hyper_parameters", {})
-            if fits and is_old and "random_states" not in checkpoint["loops"]["fit_loop"]["state_dict"]:
+            is_old = "steps_per_execution" in checkpoint["datamodule_hyper_parameters"]
+            if fits and is_old and "random_states" not in checkpoint["loops"]["fit_loop"].get("state_dict", {}):
                 raise CheckpointError(
                     "the checkpoint is of an older version of this program, whose runs cannot be resumed; its weights "
                     "still load for all other commands"
@@ -68,8 +70,14 @@ class CheckpointCLI(LightningCLI):
             if given not in (value, defaults.get(name, value)):
                 ways = "; leave that out, or give it to a new run, without --ckpt_path" if fits else ""
                 raise UsageError(f"model.{name} is {given}, but the checkpoint was trained with {value}{ways}")
+        self.config = parser.parse_object({command: {"model": checkpoint["hyper_parameters"]}}, self.config)
         if fits and self.config[command].data.get("dataset") == "auto":
-            found = {"dataset": checkpoint.get("datamodule_hyper_parameters", {}).get("dataset")}
+            found = {"dataset": checkpoint["datamodule_hyper_parameters"].get("dataset")}
             with contextlib.suppress(UsageError):  # a data module of the user's may have but one
                 self.config = parser.parse_object({command: {"data": found}}, self.config)
-        self.config[command].ckpt_path = str(path)  # whose settings LightningCLI takes over next
+        # Kept from LightningCLI, which would load it once more, to take over the settings.
+        self.checkpoint, self.config[command].ckpt_path = str(path), None
+
+    def before_instantiate_classes(self) -> None:
+        """Give the checkpoint back, for the Trainer."""
+        self.config[self.subcommand].ckpt_path = self.checkpoint

@@ -58,8 +58,7 @@ class CLI(CheckpointCLI):
                 "callbacks": [*callbacks],
             },
             seed_everything_default=0,
-            # A setting that does not exist must not be taken for one that begins in the same way.
-            parser_kwargs={"prog": PROGRAM, "allow_abbrev": False},
+            parser_kwargs={"prog": PROGRAM},
             parser_class=LightningParser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -97,7 +96,7 @@ class CLI(CheckpointCLI):
                 self.runs.parent,
                 name=RUNS,
                 version=self.resumed_run.name if self.resumed_run else None,
-                log_graph=not (self.resumed_run and self.config[self.subcommand].ckpt_path),
+                log_graph=not (self.resumed_run and self.checkpoint),
                 default_hp_metric=False,
             )
         callbacks, plugins = (
@@ -108,7 +107,8 @@ class CLI(CheckpointCLI):
             raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
         self._report = Report()
         ours = FiniteLosses(), self._report, MoreCurves()
-        callbacks = [ExactResumption(self.lock), processes.SeveralProcesses(), *callbacks, *ours]
+        first = ExactResumption(self.lock), processes.Timeout(), processes.OwnRandomNumbers()
+        callbacks = [*first, *callbacks, *ours]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             if config.enable_progress_bar is not False and sys.stdout.isatty():
                 callbacks.append(EpochBar(theme=RichProgressBarTheme(metrics_format=".2f")))

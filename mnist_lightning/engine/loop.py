@@ -71,7 +71,7 @@ class QuietLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """Begin an epoch, or go on within one, also with a loader that cannot say how far it was."""
         self._visited = False  # the first iteration is visited: quiet ones need what it logged
-        self._pace = 1  # iterations between two looks; several processes look every `LOOK_EVERY`
+        self._pace = 1  # iterations of several processes that take about as long as `LOOK_EVERY`
         self.trainer.quiet_losses.clear()
         self.trainer.fit_loop.prepare_loader()
         super().on_run_start(data_fetcher)
@@ -150,20 +150,23 @@ class QuietLoop(_TrainingEpochLoop):
     def _turns(self, count: int, clocked: list[int]) -> Iterator[bool]:
         """Yield True before each quiet iteration. Several processes agree on as many as take about `LOOK_EVERY`."""
         trainer, started = self.trainer, time.monotonic()
-        several = isinstance(trainer.strategy, DDP)
-        while True:  # in several processes also where nothing is left to this one: another one may not know
-            now = time.monotonic()
-            is_late = now - started > LOOK_EVERY
-            looks = is_late and any(several or (self.batch_idx + 2) % every == 0 for every in clocked)
-            turns = 0 if trainer.visit or trainer.should_stop or looks else min(count, self._pace)
-            turns = agree(trainer.strategy, turns) if several else turns
-            if turns <= 0:
-                return
-            for _ in range(turns):
+        if not isinstance(trainer.strategy, DDP):
+            for _ in range(count):
                 yield True
-            count -= turns
-            if several:
-                self._pace = max(1, min(AT_MOST, int(turns * LOOK_EVERY / max(time.monotonic() - now, 1e-9))))
+                late = clocked and time.monotonic() - started > LOOK_EVERY
+                if trainer.visit or (late and any((self.batch_idx + 2) % every == 0 for every in clocked)):
+                    return
+            return
+        while True:  # also where nothing is left to this process: another one may not know
+            now = time.monotonic()
+            asked = trainer.visit or trainer.should_stop or (clocked and now - started > LOOK_EVERY)
+            agreed = agree(trainer.strategy, 0 if asked else min(count, self._pace))
+            if agreed == 0:
+                return
+            for _ in range(agreed):
+                yield True
+            count -= agreed
+            self._pace = max(1, min(AT_MOST, int(agreed * LOOK_EVERY / max(time.monotonic() - now, 1e-9))))
 
     def _unobserved(self, fetcher: _DataFetcher) -> tuple[int, list[int]]:
         """Iterations before the next observed one; and of which multiples one is observed earlier, by the clock."""

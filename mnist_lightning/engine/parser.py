@@ -23,6 +23,10 @@ class UsageError(Exception):
 class Parser(jsonargparse.ArgumentParser):
     """Raises errors instead of printing them below the usage text."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A setting that does not exist must not be taken for one that begins in the same way.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise `message`, shorter and with types as people write them, as a `UsageError`."""
         message = shorter(message)

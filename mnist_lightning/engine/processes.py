@@ -195,18 +195,22 @@ def launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
     return next((kind for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
 
 
-class SeveralProcesses(pl.Callback):
-    """Ends a run where a process hangs or its machine is gone, and lets each draw random numbers of its own."""
+class Timeout(pl.Callback):
+    """Ends a run where a process hangs or its machine is gone, unless the strategy has a timeout of its own."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set the timeout, once all processes have met, unless the strategy has one of its own."""
+        """Set the timeout, once all processes have met."""
         if isinstance(trainer.strategy, DDP) and not trainer.strategy.has_timeout:
             # The second is what older versions of PyTorch have.
             set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
             set_timeout(TIMEOUT)
 
+
+class OwnRandomNumbers(pl.Callback):
+    """Lets each process draw random numbers of its own: with one seed, dropout would leave out the same units."""
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the rank to the seed: with one seed, dropout would leave out the same units in all processes."""
+        """Add the rank to the seed."""
         if trainer.global_rank:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
