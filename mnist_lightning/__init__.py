@@ -3,8 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mnist_lightning.engine.startup import fast_imports
-
 if TYPE_CHECKING:
     from mnist_lightning.classifier import MNISTClassifier
     from mnist_lightning.datamodule import MNISTDataModule
@@ -19,5 +17,4 @@ def __getattr__(name: str) -> Any:
     # Imported when they are asked for, so that `from mnist_lightning.model import MLP` does not wait for Lightning.
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with fast_imports():
-        return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
-from mnist_lightning.engine.parser import Parser, UsageError
-from mnist_lightning.engine.run import RUNS, printable, say
-from mnist_lightning.engine.startup import fast_imports
+from mnist_lightning.engine.console import UsageError, printable, say, without_garbage_collector
+from mnist_lightning.engine.parser import Parser
+from mnist_lightning.engine.runs import RUNS, CheckpointError, find_checkpoint
 
 if TYPE_CHECKING:
     from mnist_lightning.model import MLP
@@ -26,7 +26,7 @@ def data(arguments: list[str]) -> None:
     parser.add_argument("--data.val_size", type=int, default=VAL_SIZE, help="Images held out for validation")
     parser.add_argument("--figure", type=str, default="digits.png", help="PNG file for a figure of training digits")
     config = parser.parse_args(arguments)
-    with fast_imports():
+    with without_garbage_collector():
         import torch.nn.functional as F
 
         from mnist_lightning.digits import files, idx, plots
@@ -65,7 +65,7 @@ def read(arguments: list[str]) -> None:
     config = parser.parse_args(arguments)
     if not config.paths:
         raise UsageError("read: which pictures? Give files, folders or globs")
-    with fast_imports():
+    with without_garbage_collector():
         from rich.console import Console
         from rich.progress import track
 
@@ -111,7 +111,7 @@ def demo(arguments: list[str]) -> None:
     parser.add_argument("--open", type=bool, default=True, help="Open it in the browser")
     config = parser.parse_args(["--open=false" if argument == "--no-open" else argument for argument in arguments])
     mlp, trained_on = _network(config.ckpt_path, config.runs)
-    with fast_imports():
+    with without_garbage_collector():
         from mnist_lightning.share.demo import page
     output = Path(config.output)
     output.write_text(page(mlp, trained_on), encoding="utf-8")
@@ -125,7 +125,7 @@ def export_network(arguments: list[str]) -> None:
     parser = _parser("export", "Write a trained network for another runtime, load it there, and compare.")
     _add_data(parser)
     _add_checkpoint(parser)
-    with fast_imports():
+    with without_garbage_collector():
         from mnist_lightning.digits import files, idx
         from mnist_lightning.share.export import Format, export
     parser.add_argument("--format", type=Format, required=True, help=f"One of {', '.join(get_args(Format))}")
@@ -159,7 +159,7 @@ def _parser(name: str, description: str) -> Parser:
 
 
 def _add_data(parser: Parser) -> None:
-    with fast_imports():
+    with without_garbage_collector():
         from mnist_lightning.digits.files import Dataset
 
     parser.add_argument("--data.dataset", type=Dataset, default="auto", help="As for `fit`")
@@ -175,11 +175,11 @@ def _add_checkpoint(parser: Parser) -> None:
 
 def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
     """A checkpoint's network, in float32 and without gradients; and what it was trained on, in words."""
-    with fast_imports():
+    with without_garbage_collector():
         from torch.nn import ModuleDict
 
         from mnist_lightning.digits import files
-        from mnist_lightning.engine import checkpoint_file
+        from mnist_lightning.engine.checkpoint_file import load_checkpoint
         from mnist_lightning.model import MLP
 
     # `MNISTClassifier.load_from_checkpoint` would do, but imports Lightning.
@@ -187,9 +187,9 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
         return ModuleDict({"mlp": MLP(hidden_dim)})
 
     try:
-        path = checkpoint_file.find(ckpt_path, Path(runs))
-        checkpoint = checkpoint_file.load_checkpoint(path, classifier)
-    except checkpoint_file.CheckpointError as error:
+        path = find_checkpoint(ckpt_path, Path(runs))
+        checkpoint = load_checkpoint(path, classifier)
+    except CheckpointError as error:
         raise UsageError(f"ckpt_path: {error}") from error
     network = classifier(**checkpoint["hyper_parameters"])
     network.load_state_dict(checkpoint["state_dict"])

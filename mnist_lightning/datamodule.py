@@ -1,7 +1,10 @@
-"""MNIST as minibatches, cut from tensors on the device: faster than a `DataLoader`, which would work as well."""
+"""MNIST as minibatches, cut from tensors on the device."""
 
 from dataclasses import asdict
 from pathlib import Path
+
+from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from mnist_lightning.digits import files, idx
 from mnist_lightning.distortions import Distortions
@@ -11,13 +14,13 @@ EVAL_BATCH_SIZE = 1000  # the metrics do not depend on it, and larger is faster
 
 
 class MNISTDataModule(DeviceDataModule):
-    """A `LightningDataModule` of MNIST, or of stand-in digits made on this machine, split as in the tutorial.
+    """A `LightningDataModule` of MNIST, or of synthetic digits made on this machine, split as in the tutorial.
 
     Validation is the first `val_size` images of the training file, in file order, and training the rest; the test file
     is the test split. A minibatch is a pair: images, (B, 784) float32 in [0, 1], and labels, (B,) int64.
 
     Args:
-        dataset: `mnist` downloads MNIST if it is not on disk. `synthetic` makes the stand-in digits once. `auto` is
+        dataset: `mnist` downloads MNIST if it is not on disk. `synthetic` makes the synthetic digits once. `auto` is
             `mnist`, or `synthetic` with a warning if MNIST is not on disk and cannot be downloaded. `files` takes your
             own files, in MNIST's format and under its names, from `root` or from `MNIST/raw` below it.
         root: Directory for the files, laid out as `torchvision.datasets.MNIST` does.
@@ -28,7 +31,6 @@ class MNISTDataModule(DeviceDataModule):
             `elastic` and `smoothness` say how much. Validation and test images stay as they are.
 
     Raises:
-        ValueError: A setting is out of its range.
         DataError: The files are damaged, missing or cannot be written.
     """
 
@@ -36,35 +38,19 @@ class MNISTDataModule(DeviceDataModule):
         self,
         dataset: files.Dataset = "auto",
         root: str = "data",
-        batch_size: int = 100,
-        val_size: int = 5000,
+        batch_size: PositiveInt = 100,
+        val_size: PositiveInt = 5000,
         seed: int = 0,
         distortions: bool | Distortions = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="root")  # where the files lie does not change the result
-        for name, value, least in (("batch_size", batch_size, 1), ("val_size", val_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        self.dataset = dataset
-        self.root = Path(root)
-        self.batch_size = batch_size
-        self.val_size = val_size
-        self.seed = seed
+        self.dataset, self.root = dataset, Path(root).expanduser()
+        self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
         if isinstance(distortions, dict):  # as `load_from_checkpoint` passes it
             distortions = Distortions(**distortions)
         self.distortions = Distortions() if distortions is True else distortions or None
         self._is_prepared = False
-
-    @property
-    def dataset_name(self) -> str:
-        """`MNIST`, `stand-in digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
-        return files.full_name(self.hparams["dataset"])
-
-    @property
-    def raw(self) -> Path:
-        """Directory of the files."""
-        return files.find(self.dataset, self.root)
 
     def prepare_data(self) -> None:
         """Download and verify the files. Lightning calls it in one process per machine, `setup` in every process."""
@@ -73,21 +59,20 @@ class MNISTDataModule(DeviceDataModule):
         self._is_prepared = True  # Lightning calls it for `fit`, and again for the test
 
     def setup(self, stage: str) -> None:
-        """Read and split the files. Pixels are uint8, and on a CPU stay on disk until a minibatch takes them."""
-        # All processes use what the first one found; else one machine might train on MNIST, another on the stand-in.
-        raw = self.trainer.strategy.broadcast(self.raw) if self.trainer else self.raw
+        """Read and split the files: images, (N, 784) uint8, and labels, (N,). On a CPU they stay on disk until used."""
+        raw = self._directory()
         images, labels = idx.load(raw, "train")
         if self.val_size >= len(labels):
-            raise ValueError(f"val_size must be 1 to {len(labels) - 1:,} of the training file, not {self.val_size}")
+            raise MisconfigurationException(
+                f"data.val_size must be 1 to {len(labels) - 1:,} of the training file, not {self.val_size:,}"
+            )
         self.train = images[self.val_size :], labels[self.val_size :]
         self.val = images[: self.val_size], labels[: self.val_size]
         self.test = idx.load(raw, "t10k")
-        # Record in `self.hparams`, and so in checkpoints, which data `auto` took and how much is distorted.
-        distortions = asdict(self.distortions) if self.distortions else False
-        self.save_hyperparameters({**files.describe(self.dataset, self.root, raw), "distortions": distortions})
 
     def train_dataloader(self) -> DeviceLoader:
-        """The training split, reshuffled in each epoch: a faster `DataLoader(dataset, batch_size, shuffle=True)`."""
+        """The training split in minibatches, reshuffled in each epoch."""
+        # The same in less time as: DataLoader(TensorDataset(images / 255, labels), self.batch_size, shuffle=True)
         return self.loader(*self.train, self.batch_size, shuffle_seed=self.seed, augmentation=self.distortions)
 
     def val_dataloader(self) -> DeviceLoader:
@@ -99,3 +84,23 @@ class MNISTDataModule(DeviceDataModule):
         return self.loader(*self.test, EVAL_BATCH_SIZE)
 
     predict_dataloader = test_dataloader
+
+    # Not needed to learn Lightning.
+
+    @property
+    def dataset_name(self) -> str:
+        """`MNIST`, `stand-in digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
+        return files.full_name(self.hparams["dataset"])
+
+    @property
+    def raw(self) -> Path:
+        """Directory of the files."""
+        return files.find(self.dataset, self.root)
+
+    def _directory(self) -> Path:
+        # All processes use what the first one found; else one machine might train on MNIST, another on other digits.
+        raw: Path = self.trainer.strategy.broadcast(self.raw) if self.trainer else self.raw
+        # Record in `self.hparams`, and so in checkpoints, which data `auto` took and how much is distorted.
+        distortions = asdict(self.distortions) if self.distortions else False
+        self.save_hyperparameters({**files.describe(self.dataset, self.root, raw), "distortions": distortions})
+        return raw

@@ -10,9 +10,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from mnist_lightning.digits import inside_plots, plots
 from mnist_lightning.engine.data import uniform_noise
-from mnist_lightning.engine.processes import gather
+from mnist_lightning.engine.processes import gather_parts
 from mnist_lightning.engine.report import report, save_figures
-from mnist_lightning.engine.run import run_directory
+from mnist_lightning.engine.runs import run_directory
 from mnist_lightning.model import CLASSES
 
 
@@ -52,7 +52,7 @@ class Figures(pl.Callback):
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Keep `outputs`, the logits, (B, 10), that `test_step` returned, of all processes."""
-        self._logits.append(gather(trainer, outputs))
+        self._logits.append(gather_parts(trainer, outputs))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw correct and misclassified digits, the confusion matrix, the curves, and the network."""

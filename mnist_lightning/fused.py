@@ -1,104 +1,86 @@
-"""A training step without autograd: the same numbers in 0.6 to 0.75 of the time. To learn Lightning, skip this file.
+"""The training step without autograd: backpropagation and Adam written out, a formula beside each line.
 
-On a CPU about a third of this small network's step is not arithmetic but autograd's bookkeeping and new tensors. Here
-each result has a buffer of its own, which every step overwrites. The kernels are those that autograd and
-`torch.optim.AdamW(fused=True)` call, in the same order, so the weights are bit-identical.
+`MNISTClassifier(fused=True)`, or `--model.fused true`, takes it in place of `training_step`. A third of this small
+network's step on a CPU is autograd's bookkeeping, which is left out here. The kernels are those that autograd and
+`torch.optim.AdamW(fused=True)` call, in the same order, so that the weights are the same, bit for bit.
 
-The engine tries it beside the ordinary step and drops it where they differ. Delete this file and
-`MNISTClassifier.fast_step` with its import, and only the speed changes.
+Notation: B images x of 784 pixels with labels y; weights W1, b1, W2, b2; dz is the derivative of the loss by z.
 """
 
+import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import AdamW
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
 
 from mnist_lightning.model import MLP
 
-aten = torch.ops.aten
-FORWARD = MLP.forward  # to notice where somebody replaces it
-
-
-def can_fuse(network: nn.Module, label_smoothing: float) -> bool:
-    """Whether the step below fits this network and loss; a trial could miss a very small dropout or smoothing."""
-    return (
-        type(network) is MLP
-        and MLP.forward is FORWARD
-        and type(network.hidden) is type(network.output) is nn.Linear
-        and network.dropout.p == 0
-        and label_smoothing == 0
-    )
-
 
 class FusedStep:
-    """A step of the tutorial's training: forward, mean softmax cross-entropy, backward, AdamW.
+    """One step of the tutorial's training: forward, mean softmax cross-entropy, backward, Adam.
 
     Args:
-        network: The network to train, in float32 or float64 on a CPU.
-        optimizer: `AdamW(fused=True)` over the network's parameters, after its first step, which makes the moments.
-        batch_size: Images in each minibatch.
-
-    Raises:
-        ValueError: The optimizer is another one.
+        mlp: The network, in float32 or float64 on a CPU.
     """
 
-    def __init__(self, network: MLP, optimizer: torch.optim.Optimizer, batch_size: int) -> None:
-        trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-        if type(optimizer) is not AdamW or trained != list(map(id, network.parameters())):
-            raise ValueError("the fused step is AdamW's with one group, the network's parameters")
-        self.batch_size = batch_size
-        (self.group,) = optimizer.param_groups
-        self.parameters = [parameter.detach() for parameter in network.parameters()]
-        self.gradients = [torch.empty_like(parameter) for parameter in self.parameters]
-        states = [optimizer.state[parameter] for parameter in network.parameters()]
-        self.means, self.squares, self.steps = (
-            [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
-        )
-
-        new = network.output.bias.new_empty
-        self.hidden, self.hidden_grad = (new(batch_size, network.hidden.out_features) for _ in range(2))
-        self.logits, self.log_probs, self.log_probs_grad, self.logits_grad = (
-            new(batch_size, network.output.out_features) for _ in range(4)
-        )
-        self.one, self.count = new(()).fill_(1), new(()).fill_(batch_size)
+    def __init__(self, mlp: MLP) -> None:
+        self.mlp = mlp
 
     @torch.no_grad()
-    def __call__(self, batch: tuple[Tensor, Tensor]) -> Tensor | None:
-        """Do one step with images, (B, 784), and labels, (B,); return the loss before it, a scalar.
+    def __call__(self, optimizer: Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+        """Take a step with images, (B, 784) floats, and labels, (B,) int64."""
+        x, y = batch
+        W1, b1, W2, b2 = self.mlp.parameters()  # noqa: N806 (as in the formulas)
 
-        With another number of images than `batch_size` it does nothing and returns None.
-        """
-        images, labels = batch
-        if len(labels) != self.batch_size:
-            return None
-        hidden_weight, hidden_bias, output_weight, output_bias = self.parameters
-        hidden_weight_grad, hidden_bias_grad, output_weight_grad, output_bias_grad = self.gradients
+        # Forward.
+        h = torch.addmm(b1, x, W1.t()).relu_()  # h = max(0, x W1' + b1): (B, 200)
+        z = torch.addmm(b2, h, W2.t())  # z = h W2' + b2, the logits: (B, 10)
+        log_p = z.log_softmax(1)  # log p = z - log(sum of exp z)
 
-        torch.addmm(hidden_bias, images, hidden_weight.t(), out=self.hidden).relu_()
-        torch.addmm(output_bias, self.hidden, output_weight.t(), out=self.logits)
-        torch._log_softmax(self.logits, 1, False, out=self.log_probs)
-        loss = F.nll_loss(self.log_probs, labels)
+        # Backward: the chain rule, from the loss to the weights.
+        dlog_p = torch.zeros_like(log_p).scatter_(1, y[:, None], -1 / len(y))  # loss = -mean of log p at the labels
+        dz = torch._log_softmax_backward_data(dlog_p, log_p, 1, z.dtype)  # dz = (p - one-hot y) / B
+        dW2, db2 = dz.t() @ h, dz.sum(0)  # noqa: N806
+        dh = dz @ W2
+        dh = torch.ops.aten.threshold_backward(dh, h, 0)  # 0 where the ReLU was off
+        dW1, db1 = dh.t() @ x, dh.sum(0)  # noqa: N806
 
-        # 1 is reduction="mean", and -100 the label that is ignored.
-        aten.nll_loss_backward.grad_input(
-            self.one, self.log_probs, labels, None, 1, -100, self.count, grad_input=self.log_probs_grad
-        )
-        aten._log_softmax_backward_data.out(
-            self.log_probs_grad, self.log_probs, 1, self.logits.dtype, out=self.logits_grad
-        )
-        torch.mm(self.logits_grad.t(), self.hidden, out=output_weight_grad)
-        torch.sum(self.logits_grad, 0, out=output_bias_grad)
-        torch.mm(self.logits_grad, output_weight, out=self.hidden_grad)
-        aten.threshold_backward.grad_input(self.hidden_grad, self.hidden, 0, grad_input=self.hidden_grad)
-        torch.mm(self.hidden_grad.t(), images, out=hidden_weight_grad)
-        torch.sum(self.hidden_grad, 0, out=hidden_bias_grad)
-        self.update()
-        return loss
+        # Adam (Kingma and Ba 2015) with decoupled weight decay (AdamW, Loshchilov and Hutter 2017), for each weight w
+        # and its derivative g in step t: w -= lr * weight_decay * w, then
+        #   m = beta1 * m + (1 - beta1) * g
+        #   v = beta2 * v + (1 - beta2) * g * g
+        #   w -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+        (group,) = optimizer.param_groups
+        m, v, t = ([optimizer.state[w][name] for w in group["params"]] for name in ("exp_avg", "exp_avg_sq", "step"))
+        torch._foreach_add_(t, 1)
+        settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_([W1, b1, W2, b2], [dW1, db1, dW2, db2], m, v, [], t, beta1=beta1, beta2=beta2, **settings)
 
-    def update(self) -> None:
-        """Update the parameters by AdamW with the current gradients."""
-        torch._foreach_add_(self.steps, self.one, alpha=1)
-        beta1, beta2 = self.group["betas"]
-        settings = {name: self.group[name] for name in ("lr", "weight_decay", "eps", "maximize")}
-        tensors: list[list[Tensor]] = [self.parameters, self.gradients, self.means, self.squares, [], self.steps]
-        torch._fused_adamw_(*tensors, beta1=beta1, beta2=beta2, amsgrad=False, **settings)
+
+def check(module: pl.LightningModule, classifier: type[pl.LightningModule]) -> None:
+    """Refuse what the step above would not do.
+
+    Args:
+        module: Asked to take it, and attached to its Trainer.
+        classifier: The class for whose `training_step`, `forward` and network it stands.
+
+    Raises:
+        MisconfigurationException: It would do another step; the message says why.
+    """
+    trainer, settings = module.trainer, module.hparams
+    names = ("training_step", "forward", "measure", "backward", "configure_optimizers", "configure_gradient_clipping")
+    own = [name for name in names if getattr(type(module), name) is not getattr(classifier, name)]
+    reasons = {
+        f"{type(module).__name__} has its own {' and '.join(own)}": own,
+        f"the network is a {type(module.mlp).__name__}": type(module.mlp) is not MLP,
+        f"model.dropout is {settings['dropout']}": settings["dropout"],
+        f"model.label_smoothing is {settings['label_smoothing']}": settings["label_smoothing"],
+        "trainer.gradient_clip_val is set": trainer.gradient_clip_val,
+        f"trainer.precision is {trainer.precision}": trainer.precision not in ("32-true", "64-true"),
+        f"the device is {trainer.strategy.root_device}": trainer.strategy.root_device.type != "cpu",
+        f"there are {trainer.world_size} processes": trainer.world_size > 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise MisconfigurationException(f"model.fused: the step in fused.py does not fit: {reason}")

@@ -40,7 +40,8 @@ Found = TypeVar("Found")
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(
     [
-        "mnist_lightning.cli",
+        "mnist_lightning.engine.cli",
+        "mnist_lightning.figures",
         "torch.utils.tensorboard",
         "tensorboard.backend.event_processing.event_accumulator",
         "matplotlib.figure",
@@ -51,9 +52,14 @@ fork.set_forkserver_preload(
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing listens on port 9 of this machine: a download fails at once."""
+def _each_test_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One seed, small data, and no network."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(synthetic, "SIZES", SMALL)
+    # Nothing listens on port 9 of this machine: a download fails at once.
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    # The event files of one second are numbered so that their names sort, as those of processes that take longer do.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -74,11 +80,6 @@ def _parsers_are_made_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CLI, "setup_parser", setup_parser)
         yield
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "SIZES", SMALL)
 
 
 @pytest.fixture(scope="session")
@@ -133,17 +134,14 @@ def run_cli(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunC
     """Run the command line in `tmp_path` on the small data; return its exit code."""
     monkeypatch.chdir(tmp_path)
 
-    def run(command: str, *arguments: str, data: bool = True) -> int:
+    def run(command: str, *arguments: str, data: bool = True, classes: tuple[type, ...] = ()) -> int:
         small = ["--data.dataset=synthetic", f"--data.root={root}"]
         if command != "export":
             small.append(f"--data.val_size={VAL_SIZE}")
         monkeypatch.setattr(sys, "argv", ["mnist_lightning", command, *(small if data else []), *arguments])
         from mnist_lightning.__main__ import main
 
-        try:
-            return main()
-        except SystemExit as exit_:  # `--help` and `--print_config`
-            return int(exit_.code or 0)
+        return main(*classes)
 
     return run
 
@@ -172,17 +170,6 @@ def leave_figures_blank(replace: Callable[..., None]) -> None:
         replace(module, name, lambda *_: Figure())
 
 
-@pytest.fixture(autouse=True)
-def _event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Number the event files of one second so that their names sort, as those of processes that take longer do."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def slow(*values: Any) -> Any:
     """Values of a test's parameters, for a slow test."""
     return pytest.param(*values, marks=pytest.mark.slow)
@@ -192,11 +179,30 @@ def newest_run(directory: Path) -> Path:
     return max((directory / "lightning_logs").iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
 
 
+def events(run: Path) -> EventAccumulator:
+    """What TensorBoard shows of a run."""
+    return EventAccumulator(str(run), {"scalars": 0, "tensors": 0, "images": 0}).Reload()
+
+
+def steps(run: Path, tag: str) -> list[int]:
+    return [event.step for event in events(run).Scalars(tag)]
+
+
+def load(run: Path, name: str = "last") -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return checkpoint
+
+
+def results(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "results.json").read_text())
+    return found
+
+
 def everything(run: Path) -> dict[str, Any]:
     """What must not depend on how often the run died: weights, optimizer, curves, results."""
     left: dict[str, Any] = {}
     for name in ("best", "last"):
-        checkpoint = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        checkpoint = load(run, name)
         left[f"{name}: weights"] = {key: value.tolist() for key, value in checkpoint["state_dict"].items()}
         left[f"{name}: optimizer"] = [
             {key: value.tolist() for key, value in state.items()}
@@ -204,14 +210,12 @@ def everything(run: Path) -> dict[str, Any]:
         ]
         history = checkpoint["callbacks"]["Report"]
         left[f"{name}: progress"] = checkpoint["global_step"], checkpoint["epoch"], history["train"], history["val"]
-    events = EventAccumulator(str(run), {"scalars": 0}).Reload()
-    for tag in events.Tags()["scalars"]:
-        is_time = tag == "train/examples_per_second"
-        curve = [(event.step, None if is_time else event.value) for event in events.Scalars(tag)]
+    curves = events(run)
+    for tag in curves.Tags()["scalars"]:
+        curve = [(event.step, event.value) for event in curves.Scalars(tag)]
         # A run that dies after its test tests again, and Lightning logs the epoch with each point.
         left[tag] = sorted(set(curve)) if tag == "epoch" or tag.startswith("test/") else curve
-    results = json.loads((run / "results.json").read_text())
-    left["results"] = {key: value for key, value in results.items() if key != "train_seconds"}
+    left["results"] = {key: value for key, value in results(run).items() if key != "train_seconds"}
     return left
 
 

@@ -18,15 +18,16 @@ from typing import IO, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from mnist_lightning.engine.run import lock
+from mnist_lightning.engine.console import JobError
 from mnist_lightning.model import CLASSES, SIDE
 
 NAMES = [f"{file}-{content}-ubyte" for file in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
 
 
-class DataError(RuntimeError):
+class DataError(JobError):
     """Files that are damaged, missing or cannot be written; the message names them and says what to do."""
 
 
@@ -58,12 +59,8 @@ def found(root: Path) -> str:
 def alone(directory: Path) -> Iterator[None]:
     """Let one process at a time, of all machines that share a directory, do something there; others wait."""
     directory.mkdir(parents=True, exist_ok=True)
-    held = lock(directory, wait=True)
-    try:
+    with FileLock(directory / ".lock"):
         yield
-    finally:
-        if held is not None:
-            os.close(held)
 
 
 def unpack(raw: Path) -> None:

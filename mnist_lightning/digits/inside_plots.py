@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mnist_lightning.digits import plots
 from mnist_lightning.digits.inside import ORANGE_TO_BLUE, Trace, colored, detectors, reasons
 from mnist_lightning.digits.plots import Figure
-from mnist_lightning.engine.run import say
+from mnist_lightning.engine.console import say
 from mnist_lightning.model import CLASSES, SIDE
 
 DIGITS = 1000  # whose activations are looked at

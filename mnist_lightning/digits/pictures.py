@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 
+from mnist_lightning.engine.console import JobError
 from mnist_lightning.model import SIDE
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -43,7 +44,7 @@ FILLED = 0.9  # least part of a tight picture that the digit is wide, and high
 FRAMED = 0.15  # least height of an inner part, as a share of the outer one's, that makes the outer one a frame
 
 
-class PictureError(ValueError):
+class PictureError(JobError):
     """A file that is no picture, or one of too many pixels; the message says which, without the file's name."""
 
 

@@ -5,8 +5,9 @@ import csv
 import lightning.pytorch as pl
 import torch
 
-from mnist_lightning.engine.processes import gather
-from mnist_lightning.engine.run import run_directory, say
+from mnist_lightning.engine.console import say
+from mnist_lightning.engine.processes import gather_parts
+from mnist_lightning.engine.runs import run_directory
 
 
 class PredictionWriter(pl.Callback):
@@ -17,7 +18,7 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file."""
-        parts = (gather(trainer, part.to(pl_module.device)) for part in trainer.predict_loop.predictions)
+        parts = (gather_parts(trainer, part.to(pl_module.device)) for part in trainer.predict_loop.predictions)
         best, digits = torch.cat(list(parts)).cpu().float().max(dim=1)
         if folder := run_directory(trainer):
             with (folder / "predictions.csv").open("w", newline="") as file:

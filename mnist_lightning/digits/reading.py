@@ -23,7 +23,7 @@ from torch import Tensor
 from mnist_lightning.digits import pictures
 from mnist_lightning.digits.inside import colored, reasons
 from mnist_lightning.digits.pictures import Array, PictureError
-from mnist_lightning.engine.run import printable
+from mnist_lightning.engine.console import printable
 from mnist_lightning.model import CLASSES, MLP, PIXELS, SIDE
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")

@@ -1,23 +1,24 @@
 """Files of checkpoints: written so that a whole one is always on disk, and read without trusting them."""
 
 import contextlib
+import errno
+import io
 import os
 import re
+import time
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .run import numbered_runs
+from .runs import CheckpointError
 
-PARTS = ("state_dict", "global_step", "loops", "callbacks", "pytorch-lightning_version")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or must not be loaded; the message names it and says why."""
+PARTS = ("state_dict", "global_step", "loops", "pytorch-lightning_version")
 
 
 def load_checkpoint(path: Path, network: Callable[..., nn.Module]) -> dict[str, Any]:
@@ -41,8 +42,6 @@ def load_checkpoint(path: Path, network: Callable[..., nn.Module]) -> dict[str, 
     try:
         with torch.device("meta"):  # for the shapes, without the memory
             module = network(**checkpoint.setdefault("hyper_parameters", {}))
-        # With the defaults of settings that are newer than the checkpoint.
-        checkpoint["hyper_parameters"] |= getattr(module, "hparams", {})
         expected, saved = (
             {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in state.items()}
             for state in (module.state_dict(), checkpoint["state_dict"])
@@ -68,26 +67,95 @@ def progress(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], checkpoint["global_step"]
 
 
-def find(name: str, runs: Path) -> Path:
-    """The file that `best` or `last` of the newest run that trained means, or a path.
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Replace the checkpoint at `path`, if there is one, by `write_whole`, with plain values only.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: It cannot be written or would not load; the checkpoint that was there before is left as it was.
     """
-    if name not in ("best", "last"):
-        if not Path(name).is_file():
-            raise CheckpointError(f"there is no checkpoint {name}")
-        return Path(name)
-    # Each run has the two, if it was validated; what only tests has a directory too, and no checkpoints.
-    kinds = ("checkpoints/best.ckpt", "checkpoints/last.ckpt")
-    newest = next((run for run in numbered_runs(runs) if any((run / kind).exists() for kind in kinds)), None)
-    if newest is None:
-        raise CheckpointError(f"there is no {name}.ckpt of any run in {runs} yet; train one with `fit`")
-    path = newest / "checkpoints" / f"{name}.ckpt"
-    if not path.is_file():
-        ways = "give `last`, or a path for another run's" if name == "best" else "give a path"
-        raise CheckpointError(f"there is no {path}: the newest run has not come to it; {ways}")
-    return path
+    content = io.BytesIO()
+    plain = {name: part if name == "state_dict" else plain_values(part, name) for name, part in checkpoint.items()}
+    torch.save(plain, content)
+    try:
+        write_whole(path, content.getvalue())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be saved: {error.strerror}; what was saved before, if anything, is whole: mend that "
+            "and resume with --ckpt_path"
+        ) from error
+
+
+def plain_values(value: Any, name: str) -> Any:
+    """A value as a checkpoint can keep it: NumPy's numbers, paths and enumerations become plain values.
+
+    Args:
+        value: The value, or containers of values.
+        name: What to call it in an error.
+
+    Raises:
+        CheckpointError: There is no equal plain value.
+    """
+    if isinstance(value, Tensor | bytes | torch.device | torch.dtype | None):
+        return value
+    if isinstance(value, Enum):
+        return plain_values(value.value, name)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PurePath):
+        return str(value)
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {plain_values(key, name): plain_values(part, f"{name}.{key}") for key, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        parts = [plain_values(part, name) for part in value]
+        return parts if isinstance(value, list) else set(parts) if isinstance(value, set) else tuple(parts)
+    raise CheckpointError(
+        f"{name.replace('hyper_parameters', 'setting')} is {value!r}, which a checkpoint cannot keep: loading it would "
+        f"run code; give a number, a text, or a list or dictionary of these"
+    )
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside `path`, sync it to the disk, and rename it to `path`, so that one of the two is there whole.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` is left as it was.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            _sync(file.fileno())
+        replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file over another one; on Windows a virus scanner may hold it for a moment."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # some file systems cannot
+            raise
 
 
 def _load_plain(path: Path) -> Any:
@@ -114,23 +182,3 @@ def _load_plain(path: Path) -> Any:
 
 def _list(weights: dict[str, tuple[tuple[int, ...], bool]]) -> str:
     return ", ".join(f"{name} {shape}" for name, (shape, _) in weights.items())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, sync it to the disk, and rename it to `path`, so that one of the two is there whole.
-
-    Raises:
-        OSError: It cannot be written; what was at `path` is left as it was.
-    """
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise

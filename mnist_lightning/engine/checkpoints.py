@@ -1,59 +1,87 @@
-"""`best.ckpt` and `last.ckpt`: what a run saves, when, and how a signal ends it."""
+"""`best.ckpt` and `last.ckpt`: what a run saves, when and how, and how a signal ends it."""
 
 import contextlib
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
-from .checkpoint_file import write_whole
-from .processes import agree
-from .run import rank, run_directory
+from .checkpoint_file import load_checkpoint, save_checkpoint, write_whole
+from .console import JobError, Stopped, command_line, rank, say
+from .processes import all_reduce_max
+from .runs import run_directory
 
 
-@dataclass(eq=False)
-class Stopped(Exception):  # noqa: N818 (no error, as StopIteration is none)
-    """A signal ended training at an iteration, and everything up to there is saved in a checkpoint."""
+class NotFiniteError(JobError, FloatingPointError):
+    """A loss or a weight is infinite or no number."""
 
-    signum: int
-    iteration: int
-    checkpoint: Path
-    run: Path | None
-    """Directory of the run, if it has one."""
+
+class CheckpointIO(TorchCheckpointIO):
+    """Lets the Trainer replace checkpoints in one step and load them safely, whatever its caller asks for.
+
+    Args:
+        module_class: The class of the network whose checkpoints are loaded.
+    """
+
+    def __init__(self, module_class: type[pl.LightningModule]) -> None:
+        self.module_class = module_class
+        self._directories: set[Path] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Replace the checkpoint at `path`, if there is one, by `checkpoint_file.save_checkpoint`."""
+        save_checkpoint(checkpoint, Path(path))
+        self._directories.add(Path(path).resolve().parent)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint beside those saved here, and nothing else that an untrusted one may name."""
+        path = Path(path)
+        # A link itself, and never what it leads to.
+        if path.suffix == ".ckpt" and path.parent.resolve() in self._directories and not path.is_dir():
+            path.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Load a checkpoint by `checkpoint_file.load_checkpoint`: tensors and plain values only, to the CPU."""
+        return load_checkpoint(Path(path), self.module_class)
 
 
 class BestAndLast(Checkpoint):
     """Keeps `best.ckpt` and `last.ckpt` in the run's `checkpoints/`, so that a run that dies can go on exactly.
 
-    Best is the highest value of `monitor`, the earliest of equals. Last is saved before the first iteration, after each
-    epoch, where something ends training within one, and when SIGTERM or Ctrl-C (SIGINT) comes: those end training once
-    the running iteration is done and all is saved. A second signal stops at once. As a `Checkpoint`, this callback is
-    called after all others, and saves what they have done. It needs the engine's Trainer.
+    Best is the best value of `monitor`, the earliest of equals. Last is saved before the first iteration, after each
+    epoch, and where something ends training within one: also Ctrl-C (SIGINT), SIGTERM, SIGUSR1 and SIGHUP, after which
+    the running iteration is done first. (Several processes look for signals in iterations that are logged.) A second
+    signal stops at once. As a `Checkpoint`, this callback is called after all others, and saves what they have done. It
+    needs the engine's Trainer.
 
     Args:
-        every_n_iterations: Save `last.ckpt` after each multiple of so many iterations too. 0 does not.
-        monitor: The metric whose highest value is the best.
+        every_n_steps: Save `last.ckpt` after each multiple of so many iterations too. 0 does not.
+        monitor: The metric whose best value is the best.
+        mode: Whether the best value is the largest (`max`) or the smallest (`min`).
 
     Raises:
         Stopped: In `Trainer.fit`, when a signal has come and the checkpoint is saved.
-        FloatingPointError: Weights are not finite; they are not saved.
+        NotFiniteError: Weights are not finite; they are not saved.
     """
 
-    def __init__(self, every_n_iterations: int = 0, monitor: str = "val/acc") -> None:
-        self.observe_every = every_n_iterations
+    def __init__(self, every_n_steps: int = 0, monitor: str = "val/acc", mode: str = "max") -> None:
+        self.hooks_every_n_steps = every_n_steps
         self.monitor = monitor
-        self._best = -float("inf")  # before the first validation
+        self._sign = 1 if mode == "max" else -1
+        self._best: float | None = None  # before the first validation
         self._improved = False
         self._saved = 0
-        self._signum: int | None = None
+        self._signum = 0
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,14 +91,12 @@ class BestAndLast(Checkpoint):
         self._best = state_dict["best"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved = trainer.global_step
+        self._saved, self._improved, self._signum = trainer.global_step, False, 0
         best, last = self.path(trainer, "best"), self.path(trainer, "last")
         # The first process looks, for all: they save together.
         best_exists, last_exists = trainer.strategy.broadcast((best.exists(), last.exists()))
         if not best_exists:  # the checkpoint is from another directory
-            self._best = -float("inf")
-        self._improved = False
-        self._signum = None
+            self._best = None
         # From here on `--ckpt_path last` means this run.
         if not last_exists:
             if not trainer.ckpt_path:
@@ -78,54 +104,51 @@ class BestAndLast(Checkpoint):
             elif trainer.is_global_zero:
                 write_whole(last, Path(trainer.ckpt_path).read_bytes())
         if threading.current_thread() is threading.main_thread():
+            self._take_signals(trainer)
 
-            def note(signum: int, frame: FrameType | None) -> None:
-                self._signum = signum
-                trainer.visit = True  # type: ignore[attr-defined]
-                self._restore_handlers()
-                if rank() == 0:
-                    # Not `print`, which a handler must not call while another one is running.
-                    with contextlib.suppress(OSError):
-                        os.write(2, b"Finishing the running iteration; a second signal stops at once.\n")
-
-            self._handlers = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_iteration_end(self, trainer: pl.Trainer) -> None:
+    def on_step_logged(self, trainer: pl.Trainer) -> None:
         """Save, if it is due. `on_train_batch_end` would be too early: Lightning logs after it."""
-        n = self.observe_every
-        ends = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        if self._signal_to_any(trainer) or ends or (n and trainer.global_step // n > self._saved // n):
+        step, n = trainer.global_step, self.hooks_every_n_steps
+        is_due = n and step // n > self._saved // n
+        ends = trainer.should_stop or 0 <= trainer.max_steps <= step
+        looks = trainer.world_size == 1 or step % (trainer.log_every_n_steps or 50) == 0  # type: ignore[attr-defined]
+        if is_due or ends or (looks and self._signal_to_any(trainer)):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        if self.monitor in trainer.callback_metrics:
-            value = trainer.callback_metrics[self.monitor].item()
-            if value > self._best:
+        metrics = trainer.callback_metrics
+        if self.monitor in metrics:
+            # The first process decides, for all: they save together, and may not have the same value.
+            value = trainer.strategy.broadcast(metrics[self.monitor].item())
+            if self._best is None or self._sign * value > self._sign * self._best:
                 self._best, self._improved = value, True
         if not trainer.is_last_batch:
             self._save_best(trainer)
-            self.on_iteration_end(trainer)
+            self.on_step_logged(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save_best(trainer)
-        # Lightning takes an epoch that `max_steps` or a callback has ended for a whole one; what `on_iteration_end` has
+        # Lightning takes an epoch that `max_steps` or a callback has ended for a whole one; what `on_step_logged` has
         # saved can be resumed.
         if trainer.is_last_batch:
             self._save_last(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore_handlers()
+        self._give_signals_back()
         self._stop_if_asked(trainer)
+        if self._best is None and trainer.val_dataloaders is not None:
+            logged = ", ".join(sorted(map(str, trainer.callback_metrics))) or "none"
+            say(f"There is no best.ckpt: {self.monitor} was not logged; give --monitor one of: {logged}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore_handlers()
+        self._give_signals_back()
 
     def best(self, trainer: pl.Trainer) -> Path | None:
         """The best checkpoint of the run, if it has one yet; each process has to ask."""
         path = self.path(trainer, "best")
-        return trainer.strategy.broadcast(path if self._best > -float("inf") and path.exists() else None)
+        return trainer.strategy.broadcast(path if self._best is not None and path.exists() else None)
 
     @staticmethod
     def path(trainer: pl.Trainer, name: str) -> Path:
@@ -144,49 +167,61 @@ class BestAndLast(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
-            raise FloatingPointError(
-                f"weights are not finite after iteration {trainer.global_step}; try a smaller model.learning_rate"
-            )
+            raise NotFiniteError(f"weights are not finite after iteration {trainer.global_step}; {_remedy(trainer)}")
         trainer.save_checkpoint(self.path(trainer, name), weights_only=False)  # all of it, not the weights alone
 
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        if signum := self._signal_to_any(trainer):
-            raise Stopped(signum, self._saved, self.path(trainer, "last"), run_directory(trainer))
+    def _take_signals(self, trainer: pl.Trainer) -> None:
+        def note(signum: int, frame: FrameType | None) -> None:
+            self._signum = signum
+            trainer.run_hooks = True  # type: ignore[attr-defined]
+            self._give_signals_back()
+            if rank() == 0:
+                # Not `print`, which a handler must not call while another one is running.
+                with contextlib.suppress(OSError):
+                    os.write(2, b"Finishing the running iteration; a second signal stops at once.\n")
 
-    def _signal_to_any(self, trainer: pl.Trainer) -> int:
-        """The signal that one of the processes was sent, or 0: they save and stop together."""
-        return agree(trainer.strategy, self._signum or 0, "max")
+        signals = [signal.SIGINT, signal.SIGTERM]
+        # SLURM's and a terminal's, where nobody else has taken them; nohup has SIGHUP ignored.
+        others = [getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP")]
+        signals += [each for each in others if each and signal.getsignal(each) == signal.SIG_DFL]
+        self._handlers = {each: signal.signal(each, note) for each in signals}
 
-    def _restore_handlers(self) -> None:
+    def _give_signals_back(self) -> None:
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers = {}
 
+    def _signal_to_any(self, trainer: pl.Trainer) -> int:
+        """The signal that one of the processes was sent, or 0: they save and stop together."""
+        return all_reduce_max(trainer, self._signum)
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        if signum := self._signal_to_any(trainer):
+            run = run_directory(trainer)
+            config = ["--config", str(run / "config.yaml")] if run else []
+            resume = command_line("fit", *config, "--ckpt_path", str(self.path(trainer, "last")))
+            raise Stopped(signum, f"Stopped and saved at iteration {self._saved:,}; to resume:\n{resume}")
+
 
 class FiniteLosses(pl.Callback):
-    """Ends a run within 100 iterations after the first loss that is not finite, and names it.
+    """Ends a run where a loss that is logged is not finite.
 
     Raises:
-        FloatingPointError: In `Trainer.fit`.
+        NotFiniteError: In `Trainer.fit`.
     """
 
-    observe_every = 100
+    hooks_every_n_steps = 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, _: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._check(trainer, [outputs["loss"]] if outputs else [])
+    def on_train_batch_end(self, trainer: Any, _: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and trainer.global_step % (trainer.log_every_n_steps or 50) == 0:
+            loss = trainer.strategy.reduce(loss.detach())
+            if not loss.isfinite().all():
+                where = f"the loss is {loss.max().item()} at iteration {trainer.global_step}"
+                raise NotFiniteError(f"{where}; {_remedy(trainer)}")
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check(trainer, [])  # a quiet iteration may have ended training
 
-    def _check(self, trainer: pl.Trainer, visited: list[torch.Tensor]) -> None:
-        losses = [*getattr(trainer, "quiet_losses", []), *visited]
-        if not losses:
-            return
-        of_all = trainer.strategy.reduce(torch.stack(losses))
-        bad = of_all.isfinite().logical_not().nonzero()
-        if len(bad):
-            first = int(bad[0])
-            raise FloatingPointError(
-                f"the loss is {of_all[first].item()} at iteration {trainer.global_step - len(losses) + 1 + first}; "
-                "try a smaller model.learning_rate"
-            )
+def _remedy(trainer: pl.Trainer) -> str:
+    if trainer.precision == "16-true":
+        return "half precision is too coarse for Adam: give trainer.precision 16-mixed or bf16-mixed"
+    return "try a smaller model.learning_rate"

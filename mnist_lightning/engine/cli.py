@@ -1,47 +1,66 @@
-"""The command line: Lightning's own CLI with defaults of ours, runs that go on, and errors as one clear line."""
+"""The command line of a Trainer: LightningCLI with defaults of ours, checkpoints by name, and runs that are resumed."""
 
-import inspect
+import os
 import sys
-from typing import Any, Literal, Union, get_args
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse.typing import NonNegativeInt
+import torch
 from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    RichProgressBar,
+    WeightAveraging,
+)
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from . import auto, processes
-from .checkpoint_io import CheckpointIO
-from .checkpoints import BestAndLast, FiniteLosses
-from .ckpt_path import CheckpointCLI
-from .config import SaveConfig
-from .guard import ExactResumption
+from . import ckpt_path, processes
+from .checkpoints import BestAndLast, CheckpointIO, FiniteLosses
+from .checks import Checks
+from .console import PROGRAM, TRAINER_COMMANDS, JobError, Stopped, UsageError, has_user_code, say, without_noise
 from .loop import Trainer
-from .main import TRAINER_COMMANDS
-from .parser import Parser, UsageError, shorter
-from .progress import EpochBar
-from .report import MoreCurves, Report
-from .run import PROGRAM, RUNS, run_directory, say
-from .tensorboard import RunLogger
+from .parser import Parser, add_settings, check_values, telling_line
+from .report import Report
+from .runs import RUNS, RunLock, run_directory, runs_directory
+from .tensorboard import RunLogger, SaveConfig
 
 
 class LightningParser(Parser, LightningArgumentParser):
     """Lightning's argument parser, with errors in one line."""
 
 
-class CLI(CheckpointCLI):
-    """`fit`, `validate`, `test` and `predict`. The Trainer also gets `callbacks`, without settings of their own."""
+class CLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict`. Making one runs the command.
+
+    `ckpt_path` may also be `best` or `last` of the newest run or, for `fit`, `auto`: the newest unfinished run with the
+    same settings, or none.
+
+    Args:
+        model_class: The module to train.
+        datamodule_class: Its data. Where these have a setting `seed`, it is `seed_everything`.
+        callbacks: Callbacks without settings of their own.
+        configurable: Callbacks with settings, by the names under which these stand.
+        threads: PyTorch's threads where neither `--threads` nor `OMP_NUM_THREADS` is given; 0 is PyTorch's own number.
+    """
 
     def __init__(
         self,
         model_class: type[pl.LightningModule],
         datamodule_class: type[pl.LightningDataModule],
-        *callbacks: pl.Callback,
+        callbacks: list[pl.Callback],
+        configurable: Mapping[str, type[pl.Callback]],
+        threads: int,
     ) -> None:
-        _keep_limits_whole()
+        self.configurable, self.threads = configurable, threads
+        self.lock = RunLock()
         super().__init__(
             model_class,
             datamodule_class,
@@ -55,12 +74,12 @@ class CLI(CheckpointCLI):
                 "log_every_n_steps": 100,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
-                "callbacks": [*callbacks],
+                "callbacks": callbacks,
             },
             seed_everything_default=0,
             parser_kwargs={"prog": PROGRAM},
             parser_class=LightningParser,
-            auto_configure_optimizers=False,
+            auto_configure_optimizers=not is_overridden("configure_optimizers", model_class, pl.LightningModule),
             load_from_checkpoint_support=False,
         )
 
@@ -73,86 +92,111 @@ class CLI(CheckpointCLI):
         return {name: skipped | ours for name, skipped in LightningCLI.subcommands().items() if name in asked}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add this project's own settings."""
-        every = "Save last.ckpt also after every so many iterations; 0 does not"
-        parser.add_argument("--checkpoint_every", type=NonNegativeInt, default=0, help=every)
-        test = "Whether `fit` tests at its end and draws the figures"
-        parser.add_argument("--test_after_fit", type=bool, default=True, help=test)
-        weights = "Weights that `fit` tests: those of the best validation accuracy, or the last"
-        parser.add_argument("--test_weights", type=Literal["best", "last"], default="best", help=weights)
+        """Add settings of the engine's and of the configurable callbacks."""
+        for name, callback in self.configurable.items():
+            parser.add_lightning_class_args(callback, name)
+        if any(action.dest == "data.seed" for action in parser._actions):
+            parser.link_arguments("seed_everything", "data.seed")
+        add_settings(parser, self.threads)
 
-    def instantiate_classes(self) -> None:
-        """Report a setting that is out of range as a usage error."""
-        try:
-            super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UsageError(shorter(str(error))) from error
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; find the checkpoint that is asked for, take its settings, and check what Lightning does not."""
+        super().parse_arguments(parser, args)
+        command = self.config.subcommand
+        config = self.config[command]
+        self.runs = runs_directory(config.trainer)
+        self.resumed_run: Path | None = None
+        self.checkpoint = ckpt_path.find(command, config, self.runs)
+        if self.checkpoint:
+            run = self.checkpoint.resolve().parent.parent
+            if command == "fit" and run.parent == self.runs.resolve():
+                self.resumed_run = run  # it goes on in its own directory
+            self.config = ckpt_path.take_settings(
+                self.checkpoint, command, parser, self.config, self.model_class, self.resumed_run
+            )
+        check_values(self.config[command])
+        # LightningCLI would load the checkpoint once more, to take over the settings.
+        self.config[command].ckpt_path = None
+
+    def before_instantiate_classes(self) -> None:
+        """Set the number of threads, and give the checkpoint to the Trainer."""
+        config = self.config[self.subcommand]
+        if config.threads is None:
+            config.threads = 0 if "OMP_NUM_THREADS" in os.environ else self.threads
+        if config.threads:
+            torch.set_num_threads(config.threads)
+            os.environ["OMP_NUM_THREADS"] = str(config.threads)  # for the processes that Lightning starts
+        config.threads = torch.get_num_threads()
+        config.ckpt_path = self.checkpoint and str(self.checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the logger, the callbacks and the progress bar, where the user has not chosen otherwise."""
-        config = self.config_init[self.subcommand].trainer
+        config, fits = self.config_init[self.subcommand].trainer, self.subcommand == "fit"
         if config.logger in (None, True):
             kwargs["logger"] = RunLogger(
                 self.runs.parent,
                 name=RUNS,
                 version=self.resumed_run.name if self.resumed_run else None,
-                log_graph=not (self.resumed_run and self.checkpoint),
+                log_graph=not self.resumed_run,
                 default_hp_metric=False,
             )
-        callbacks, plugins = (
-            given if isinstance(given, list) else [given] if given else []
-            for given in (config.callbacks, config.plugins)
+        elif config.logger is False:
+            self.save_config_callback = None
+        given, plugins = (
+            part if isinstance(part, list) else [part] if part else [] for part in (config.callbacks, config.plugins)
         )
         if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
             raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
-        self._report = Report()
-        ours = FiniteLosses(), self._report, MoreCurves()
-        first = ExactResumption(self.lock), processes.Timeout(), processes.OwnRandomNumbers()
-        callbacks = [*first, *callbacks, *ours]
-        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            if config.enable_progress_bar is not False and sys.stdout.isatty():
-                callbacks.append(EpochBar(theme=RichProgressBarTheme(metrics_format=".2f")))
-            else:
-                kwargs["enable_progress_bar"] = False
-        self._best_and_last = None
-        if self.subcommand != "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        callbacks = self._callbacks(given, config.enable_checkpointing is not False and not config.fast_dev_run)
+        if isinstance(config.strategy, str):  # another one may have a timeout of its own
+            callbacks.append(processes.Timeout())
+        if config.logger is not False and not any(isinstance(each, LearningRateMonitor) for each in given):
+            callbacks.append(LearningRateMonitor("step"))
+        if not any(isinstance(each, ProgressBar) for each in given):
+            kwargs["enable_progress_bar"] = config.enable_progress_bar is not False and sys.stdout.isatty()
+            callbacks += [RichProgressBar(2)] * kwargs["enable_progress_bar"]
+        if not fits and not any(isinstance(each, ModelCheckpoint) for each in given):
             kwargs["enable_checkpointing"] = False
-        elif config.enable_checkpointing is not False and not config.fast_dev_run:
-            self._best_and_last = BestAndLast(self.config[self.subcommand].checkpoint_every)
-            callbacks.append(self._best_and_last)
-        if config.logger is False:
-            self.save_config_callback = None
-        plugins = [*plugins, *processes.slurm(plugins), CheckpointIO(type(self.model))]
+        plugins = [*plugins, *processes.slurm_without_requeue(plugins), CheckpointIO(type(self.model))]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
-        processes.check(trainer)
-        if self.subcommand == "fit" and not self.config.fit.ckpt_path:
-            processes.check_share(self.datamodule.batch_size, trainer.world_size)
+        processes.check_launcher(trainer)
+        if fits and not self.checkpoint and hasattr(self.datamodule, "batch_size"):
+            processes.check_batch_size(self.datamodule.batch_size, trainer.world_size)
         return trainer
+
+    def _callbacks(self, given: list[pl.Callback], saves: bool) -> list[pl.Callback]:
+        """The user's callbacks among ours."""
+        self.report, self.best_and_last = Report(), None
+        if self.subcommand == "fit" and saves:
+            fit = self.config.fit
+            self.best_and_last = BestAndLast(fit.checkpoint_every, fit.monitor, fit.mode)
+        first, last = [Checks(self.lock), processes.SeedOfRank()], [FiniteLosses(), self.report]
+        return [*first, *given, *last, *([self.best_and_last] if self.best_and_last else [])]
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then test."""
         # config.yaml repeats the whole run, also where this process resumed it.
         self.config.fit.ckpt_path = None
-        auto.begin(self.trainer, self.config.fit)
+        is_done = False
         try:
             self.trainer.fit(**kwargs)
-        except Exception as error:
-            if not self._report.has_begun:
-                if isinstance(self.trainer.logger, RunLogger):
-                    self.trainer.logger.discard()
-                if isinstance(error, ValueError | TypeError):
-                    raise UsageError(str(error)) from error
-            raise
-        if self.config.fit.test_after_fit:
-            best = None
-            if self._best_and_last and self.config.fit.test_weights == "best":
-                best = self._best_and_last.best(self.trainer)
-            # It would load the weights that it averages, not their average, which was validated and saved.
-            self.trainer.callbacks = [each for each in self.trainer.callbacks if not isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
-            # The hyperparameters and the graph are logged already.
-            self.trainer.enable_autolog_hparams = False
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
-        auto.finish(self.trainer)
+            if self.config.fit.test_after_fit:
+                self._test_after_fit()
+            is_done = True
+        finally:
+            self.lock.release(is_done)
+            if not self.report.has_begun and isinstance(self.trainer.logger, RunLogger):
+                self.trainer.logger.discard()
+
+    def _test_after_fit(self) -> None:
+        best = None
+        if self.best_and_last and self.config.fit.test_weights == "best":
+            best = self.best_and_last.best(self.trainer)
+        # It would load the weights that it averages, not their average, which was validated and saved.
+        self.trainer.callbacks = [each for each in self.trainer.callbacks if not isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
+        # The hyperparameters and the graph are logged already.
+        self.trainer.enable_autolog_hparams = False
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def validate(self, **kwargs: Any) -> None:
         """Measure the validation split."""
@@ -172,9 +216,28 @@ class CLI(CheckpointCLI):
     after_validate = after_test = after_predict = after_fit
 
 
-def _keep_limits_whole() -> None:
-    # Of equal types `typing` may take another module's, and `limit_val_batches: 1` would be 1.0, all minibatches.
-    annotations = inspect.unwrap(pl.Trainer.__init__).__annotations__
-    for name, hint in annotations.items():
-        if {int, float} <= set(get_args(hint)):
-            annotations[name] = Union[(int, *get_args(hint))]
+def train(*classes: Any, **settings: Any) -> None:
+    """Run one of Lightning's commands by `CLI`, whose arguments these are.
+
+    Raises:
+        UsageError: The command or the config is wrong.
+        JobError: The job failed.
+    """
+    try:
+        with without_noise(), processes.settings():
+            CLI(*classes, **settings)
+    except MisconfigurationException as error:
+        raise UsageError(str(error)) from error
+    except (JobError, Stopped):
+        raise
+    except Exception as error:
+        if not has_user_code(error):
+            if any(frame.name.startswith("restore_") for frame in traceback.extract_tb(error.__traceback__)):
+                cause = f"{type(error).__name__}: {error}"
+                raise JobError(f"ckpt_path: the checkpoint is not of this program: {cause}") from error
+            if isinstance(error, ValueError | TypeError):  # one of Lightning's checks
+                raise UsageError(telling_line(str(error))) from error
+        if processes.is_lost(error):
+            lost = "another process of the run has ended or does not answer; to resume: --ckpt_path last"
+            raise JobError(lost) from error
+        raise

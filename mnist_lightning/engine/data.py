@@ -1,6 +1,5 @@
 """Minibatches out of tensors that already sit on the device, and the data module that hands them out."""
 
-import inspect
 from collections.abc import Iterator
 from math import ceil
 from typing import Any, Protocol
@@ -13,9 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-# Adam's moments of rarely lit pixels decay into denormal numbers, which a CPU computes many times slower, so that
-# epochs would get slower and slower. Threads take the setting over when they start: hence here, before any work.
-torch.set_flush_denormal(True)
+from .checkpoint_file import plain_values
 
 
 class Augmentation(Protocol):
@@ -177,7 +174,8 @@ class DeviceDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The hyperparameters, which have to be the same for a checkpoint to go on as if nothing had happened."""
-        return dict(self.hparams)
+        settings: dict[str, Any] = plain_values(self.hparams, "data")
+        return settings
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to resume on other data than the checkpoint was trained with.
@@ -190,14 +188,11 @@ class DeviceDataModule(pl.LightningDataModule):
         # The finder of a batch size restores what it saved before it tried others.
         if any(isinstance(callback, BatchSizeFinder) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             return
-        settings = inspect.signature(type(self)).parameters
         ours = self.state_dict()
         if "fingerprint" in ours and "fingerprint" in state_dict:
             del ours["dataset"]
         for name, value in ours.items():
-            # A checkpoint older than a setting was trained with its default.
-            then = state_dict.get(name, settings[name].default if name in settings else None)
-            if then != value:
+            if (then := state_dict.get(name)) != value:
                 raise MisconfigurationException(
                     f"data.{name} is {value}, but the checkpoint was trained with {then}; give the same to resume it"
                 )

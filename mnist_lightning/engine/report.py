@@ -1,18 +1,23 @@
-"""What a run tells: lines on the console, two curves more, and figures."""
+"""What a run tells: lines on the console, figures, and `results.json`."""
 
+import contextlib
+import json
+import platform
 import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from . import tensorboard
 from .checkpoint_file import progress
-from .checkpoints import Stopped
+from .checks import why_done
+from .console import PROGRAM, printable, say
 from .data import DeviceDataModule
-from .guard import early_stopping
-from .results import data_settings, metrics, write_results
-from .run import printable, run_directory, say
+from .hooks import name_of
+from .runs import run_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +30,7 @@ class Report(pl.Callback):
     `[iteration, loss, accuracy]`, iterations counted from 1; checkpoints carry them along.
     """
 
-    observe_every = 0
+    hooks_every_n_steps = 0
 
     def __init__(self) -> None:
         self.train: list[list[float]] = []
@@ -36,6 +41,7 @@ class Report(pl.Callback):
         self.has_begun = False  # training has, in this process
         self._seconds_of_resumed_runs = 0.0
         self._started: float | None = None
+        self._stale: dict[str, Any] = {}  # metrics from before this epoch
         self._validated: list[float] = []  # sums of the weights that were validated last
         self._is_validated = True  # the weights that training left
 
@@ -65,7 +71,7 @@ class Report(pl.Callback):
         dataset = checkpoint.get("datamodule_hyper_parameters", {}).get("dataset", "")
         self._loaded = checkpoint["global_step"], dataset
         if not self.has_begun:
-            trained_on = checkpoint["callbacks"].get("Report", {}).get("dataset") or dataset
+            trained_on = checkpoint.get("callbacks", {}).get("Report", {}).get("dataset") or dataset
             say(printable(f"Weights of iteration {self._loaded[0]:,}, trained on {trained_on}: {trainer.ckpt_path}"))
             say(f"Reading {_name(trainer)}")
 
@@ -77,12 +83,10 @@ class Report(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._loaded, self._dataset = None, _name(trainer)
         epochs, iteration = self._resumes_from
-        if why := _why_done(trainer, epochs, iteration):
+        if why := why_done(trainer, epochs, iteration):
             say(f"This run is done, at iteration {iteration:,}; {why}")
             return
-        parameters = f"{sum(weight.numel() for weight in pl_module.parameters()):,} parameters on {pl_module.device}"
-        seed = data_settings(trainer).get("seed")
-        say(f"Training on {self._dataset}{_sizes(trainer)}; {parameters}, seed {seed}")
+        say(f"Training on {self._dataset}{_sizes(trainer)}; {_how(trainer, pl_module)}")
         if trainer.ckpt_path:
             say(f"Resuming {trainer.ckpt_path} after iteration {iteration:,}")
 
@@ -90,32 +94,35 @@ class Report(pl.Callback):
         self.has_begun, self._started = True, time.perf_counter()
         if trainer.global_step:
             # Not earlier: a run that cannot be resumed keeps its curves.
-            tensorboard.rewind(trainer)
+            tensorboard.purge_after(trainer)
         tensorboard.log_settings(trainer, {**pl_module.hparams, **data_settings(trainer)})
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stale = dict(trainer.callback_metrics)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
-        if is_due and (measured := metrics(trainer, "train")):
-            self._say_train(iteration, *measured)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or (measured := metrics(trainer, "val")) is None:
-            return
-        loss, acc = measured
-        self.val.append([self.iteration(trainer), loss, acc])
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        line = f"validation loss: {loss:.2f}, validation accuracy: {acc:.1%}"
-        say(f"Epoch: {trainer.current_epoch + 1}, {line}" if fitting else line.capitalize())
+        is_due = is_due and not any(value is self._stale.get(name) for name, value in trainer.callback_metrics.items())
+        if is_due and (measured := _metrics(trainer, "train")):
+            self.train.append([iteration, *measured])
+            say(f"iter {iteration}: Loss={measured[0]:.2f}, Training Accuracy={measured[1]:.1%}")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validated = _sums(pl_module)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or (measured := _metrics(trainer, "val")) is None:
+            return
+        self.val.append([self.iteration(trainer), *measured])
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        line = f"validation loss: {measured[0]:.2f}, validation accuracy: {measured[1]:.1%}"
+        say(f"Epoch: {trainer.current_epoch + 1}, {line}" if fitting else line.capitalize())
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A callback may have put an average in their place.
         self._is_validated = self._validated == _sums(pl_module)
-        self._log_short_run(trainer)
         self._seconds_of_resumed_runs, self._started = self.train_seconds, None
         self._write_results(trainer)
 
@@ -128,58 +135,31 @@ class Report(pl.Callback):
         pl_module.log("step", float(max(0, self.iteration(trainer) - 1)), sync_dist=True)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if measured := metrics(trainer, "test"):
+        if measured := _metrics(trainer, "test"):
             say(f"Test loss: {measured[0]:.2f}, test accuracy: {measured[1]:.1%}")
         self._write_results(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Stopped):
-            self._log_short_run(trainer)
-
-    def _log_short_run(self, trainer: pl.Trainer) -> None:
-        # Where no iteration was a multiple: the last one, a step after Lightning's. A run that goes on takes it back.
-        logs = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if logs and not self.train and (measured := metrics(trainer, "train")):
-            self._say_train(trainer.global_step, *measured)
-            for logger in trainer.loggers:
-                logger.log_metrics({"train/loss": measured[0], "train/acc": measured[1]}, trainer.global_step)
-
-    def _say_train(self, iteration: int, loss: float, acc: float) -> None:
-        self.train.append([iteration, loss, acc])
-        say(f"iter {iteration}: Loss={loss:.2f}, Training Accuracy={acc:.1%}")
-
     def _write_results(self, trainer: pl.Trainer) -> None:
+        """Write what is known by now, after training and again after a test."""
+        if (folder := run_directory(trainer)) is None:
+            return
+        settings = data_settings(trainer)
+        iteration, dataset = self._loaded or (trainer.global_step, settings.get("dataset"))
         # Validation of the very weights that are tested, if it was on the same dataset.
-        tested = data_settings(trainer).get("dataset")
-        iteration, dataset = self._loaded or (trainer.global_step, tested)
-        counts = dataset == tested and (self._loaded or self._is_validated)
-        measured = [(loss, acc) for at, loss, acc in self.val if counts and at == iteration]
-        validated = measured[-1] if measured else None
-        write_results(trainer, trainer.global_step or iteration, self.train_seconds, validated)
-
-
-class MoreCurves(pl.Callback):
-    """Logs two curves more: the learning rate, and examples a second since the point before, without validation."""
-
-    observe_every = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._since = time.perf_counter(), trainer.global_step
-
-    on_train_epoch_start = on_validation_end = on_train_start
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        (then, before), now = self._since, time.perf_counter()
-        iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and iteration % every == 0 and iteration > before:
-            self._since = now, iteration
-            batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
-            pl_module.log_dict(
-                {
-                    "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-                    "train/examples_per_second": (iteration - before) * batch_size / (now - then),
-                }
-            )
+        counts = dataset == settings.get("dataset") and (self._loaded or self._is_validated)
+        validated = [(loss, acc) for at, loss, acc in self.val if counts and at == iteration]
+        results: dict[str, Any] = {name: settings.get(name) for name in ("dataset", "seed")}
+        results |= {"iterations": trainer.global_step or iteration, "train_seconds": round(self.train_seconds, 3)}
+        results |= {"device": trainer.strategy.root_device.type, "precision": str(trainer.precision)}
+        results |= {"threads": torch.get_num_threads(), "processes": trainer.world_size}
+        for split, measured in {"val": validated[-1:], "test": [_metrics(trainer, "test")]}.items():
+            if measured and measured[0]:
+                results |= dict(zip((f"{split}/loss", f"{split}/acc"), measured[0], strict=True))
+        results["versions"] = {"python": platform.python_version()}
+        for name in ("torch", "torchvision", "lightning", PROGRAM.replace("_", "-")):  # what decides a run's results
+            with contextlib.suppress(PackageNotFoundError):
+                results["versions"][name] = version(name)
+        (folder / "results.json").write_text(json.dumps(results, indent=4) + "\n")
 
 
 def report(trainer: pl.Trainer) -> Report | None:
@@ -202,17 +182,29 @@ def save_figures(figures: dict[str, "Figure"], trainer: pl.Trainer) -> None:
         tensorboard.log_picture(trainer, f"figures/{name}", path, max(0, iteration - 1))
 
 
-def _why_done(trainer: pl.Trainer, epochs: int, iteration: int) -> str:
-    """Why a run that is resumed after so many epochs and iterations has nothing left to train, or ""."""
-    for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
-        if done >= (getattr(trainer, name) or 0) > 0:
-            if any(hasattr(config.scheduler, "total_steps") for config in trainer.lr_scheduler_configs):
-                return "so is the schedule of its learning rate, and it cannot be trained longer"
-            return f"to train longer, give a larger --trainer.{name}"
-    if trainer.should_stop and (stopped := early_stopping(trainer)):
-        why = str(stopped.stopping_reason_message).removesuffix(" Signaling Trainer to stop.")
-        return f"{why} To train longer, leave EarlyStopping out"
-    return ""
+def data_settings(trainer: pl.Trainer) -> dict[str, Any]:
+    """The data module's hyperparameters; a loader that was given to `fit` has none."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return dict(data.hparams) if data else {}
+
+
+def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float] | None:
+    """Loss and accuracy of a split, where the module logs them."""
+    names = (f"{split}/loss", f"{split}/acc")
+    if not set(names) <= trainer.callback_metrics.keys():
+        return None
+    # Six digits: more would show the rounding of the float32 mean.
+    loss, acc = (round(trainer.callback_metrics[name].item(), 6) for name in names)
+    return loss, acc
+
+
+def _how(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    threads = torch.get_num_threads()
+    device = f"cpu, {threads} thread{'s' * (threads > 1)}" if module.device.type == "cpu" else str(module.device)
+    fused = getattr(module, "fused_step", None)
+    step = f"; {name_of(fused)}, not training_step's" if fused else ""
+    parameters = sum(weight.numel() for weight in module.parameters())
+    return f"{parameters:,} parameters on {device}, seed {data_settings(trainer).get('seed')}{step}"
 
 
 def _name(trainer: pl.Trainer) -> str:

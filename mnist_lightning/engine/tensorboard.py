@@ -1,26 +1,32 @@
-"""TensorBoard: a run's directory without a race, its settings, its pictures, and curves that go on."""
+"""TensorBoard and `config.yaml`: a run's directory without a race, its settings, its pictures, its curves."""
 
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
+import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from .checkpoint_file import write_whole
+from .checkpoint_file import plain_values, write_whole
+from .console import JobError, say
+from .runs import CheckpointError, run_directory
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+NO_TEXT = object()
+
 
 class RunLogger(TensorBoardLogger):
-    """A TensorBoard logger whose `version_N` directories are numbered without a race, and marked as unfinished."""
-
-    unfinished: tuple[str, str] | None = None
-    """Name and content of a file to put there at once, if it is not there."""
+    """A TensorBoard logger whose `version_N` directories are numbered without a race."""
 
     _number: int | None = None
     _is_made = False
@@ -34,17 +40,34 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_experiment
     def experiment(self) -> "SummaryWriter":
         """The writer; the first use makes the run's directory."""
-        # Lightning takes the next free number long before: of runs that start at once, several would take the same.
-        while not self._is_made and isinstance(number := self.version, int):
-            try:
-                Path(self.log_dir).mkdir(parents=True)
-                self._is_made = True
-            except FileExistsError:
-                self._number = number + 1
-        if self.unfinished and not (path := Path(self.log_dir, self.unfinished[0])).exists():
-            write_whole(path, self.unfinished[1].encode())
+        if not self._is_made and isinstance(self.version, int):
+            self._make_directory(self.version)
         writer: SummaryWriter = super().experiment
         return writer
+
+    def _make_directory(self, number: int) -> None:
+        root = Path(self.root_dir)
+        with contextlib.suppress(FileExistsError):  # it may be a file, or a link to nothing
+            root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            raise JobError(f"{root} is no directory; move it away, or give another --trainer.default_root_dir")
+        # Lightning takes the next free number long before: of runs that start at once, several would take the same.
+        while not self._is_made:
+            self._number = number
+            with contextlib.suppress(FileExistsError):
+                Path(self.log_dir).mkdir()
+                self._is_made = True
+            number += 1
+
+    @rank_zero_only
+    def log_graph(self, model: pl.LightningModule, input_array: Any = None) -> None:
+        """Draw the network's graph from the module's `example_input_array`, if it has one that fits."""
+        if input_array is None and model.example_input_array is not None:
+            input_array = model.trainer.precision_plugin.convert_input(model.example_input_array)
+        try:
+            super().log_graph(model, input_array)
+        except Exception as error:  # whatever a network may do with an example that does not fit
+            say(f"No graph in TensorBoard: {error}".partition("\n")[0])
 
     def discard(self) -> None:
         """Remove the directory, if it was made here: its run has not begun."""
@@ -54,7 +77,45 @@ class RunLogger(TensorBoardLogger):
                 Path(self.root_dir).rmdir()
 
 
-def rewind(trainer: pl.Trainer) -> None:
+class SaveConfig(SaveConfigCallback):
+    """Saves `config.yaml` when training begins: a run that cannot be resumed keeps its own."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save at once where nothing is trained."""
+        if stage == "fit":
+            self.already_saved = True  # also for the test that comes after
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, in one step: a resumed run needs its config."""
+        if run := run_directory(trainer):
+            text = yaml.safe_dump(plain_config(self.config), sort_keys=False, allow_unicode=True)
+            write_whole(run / "config.yaml", text.encode())
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A command's settings as `config.yaml` has them; an object that has no text is left to its default."""
+    plain: dict[str, Any] = _plain(config.as_dict())
+    plain.pop("config", None)  # files that are read already
+    plain["data"].pop("seed", None)  # it is `seed_everything`
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        parts = {key: _plain(part) for key, part in value.items()}
+        return {key: part for key, part in parts.items() if part is not NO_TEXT}
+    if isinstance(value, list | tuple | set):
+        return [_plain(part) for part in value]
+    if isinstance(value, torch.device | timedelta):
+        return str(value)
+    try:
+        return plain_values(value, "")
+    except CheckpointError:
+        return NO_TEXT
+
+
+def purge_after(trainer: pl.Trainer) -> None:
     """Take back what was logged after the checkpoint that is being resumed."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -67,7 +128,9 @@ def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
     """Tell the HParams tab which settings to compare, and by which metrics."""
     from torch.utils.tensorboard.summary import hparams
 
-    plain = {name: str(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()
+    }
     for writer in _writers(trainer):
         for summary in hparams(plain, dict.fromkeys(("test/acc", "test/loss", "val/acc", "val/loss"))):
             writer.file_writer.add_summary(summary)

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from mnist_lightning.engine.console import JobError
 from mnist_lightning.model import MLP, PIXELS
 
 Format: TypeAlias = Literal["onnx", "torchscript", "safetensors"]
@@ -23,7 +24,7 @@ OUTPUT = "logits: (batch, 10) float32, the digits from 0 to 9; their softmax is 
 TOLERANCE = 1e-3
 
 
-class ExportError(RuntimeError):
+class ExportError(JobError):
     """A library is missing, or the exported network does not read as PyTorch does; the message says what to do."""
 
 

@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 
@@ -50,15 +52,22 @@ def accuracy(state: Any, images: Any, labels: Any) -> float:
     return float((forward(state[0], images).argmax(1) == labels).mean())
 
 
-def main() -> None:
-    from mnist_files import read
+def read(root: str, split: str) -> tuple[Any, Any]:
+    """Images, (N, 784) float32 in [0, 1], and labels, (N,) int32, of `train` or `t10k`."""
+    images, labels = (
+        np.fromfile(Path(root, "MNIST", "raw", f"{split}-{name}-ubyte"), np.uint8, offset=offset)
+        for name, offset in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    return jnp.asarray(images.reshape(-1, 784), jnp.float32) / 255, jnp.asarray(labels, jnp.int32)
 
+
+def main() -> None:
     root, epochs = sys.argv[1], int(sys.argv[2])
     (images, labels), test = read(root, "train"), read(root, "t10k")
-    state, run_epoch = training(jnp.asarray(images[5000:]), jnp.asarray(labels[5000:]))
+    state, run_epoch = training(images[5000:], labels[5000:])
     for epoch in range(epochs):
         state = run_epoch(state, epoch)
-    print(accuracy(state, *map(jnp.asarray, test)))
+    print(accuracy(state, *test))
 
 
 if __name__ == "__main__":

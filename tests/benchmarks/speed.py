@@ -1,17 +1,16 @@
-"""Seconds an epoch of the tutorial's network: this project beside a plain PyTorch loop and other frameworks.
+"""Seconds an epoch of the tutorial's network: this project beside a plain PyTorch loop and Lightning's Trainer.
 
-    python tests/benchmarks/speed.py --root data                 # all contestants, and a small CNN
-    python tests/benchmarks/speed.py --root data --scaling       # other sizes of network, minibatch and training set
-    python tests/benchmarks/speed.py --root data --progress-bar  # what a progress bar in a terminal costs
-    python tests/benchmarks/speed.py --root data --processes     # the command `fit` on one process and on two
-    python tests/benchmarks/speed.py --root data --whole         # whole commands, from Enter to the prompt
-    python tests/benchmarks/speed.py --root data --beside        # `fit` beside other processes
-    python tests/benchmarks/speed.py --root data --parts         # microseconds of the parts of a step
+    python tests/benchmarks/speed.py --root data              # all contestants
+    python tests/benchmarks/speed.py --root data --steps      # milliseconds an iteration, of smaller and larger steps
+    python tests/benchmarks/speed.py --root data --parts      # microseconds of the parts of a step
+    python tests/benchmarks/speed.py --root data --processes  # the command `fit` on one process and on two
+    python tests/benchmarks/speed.py --root data --whole      # whole commands, from Enter to the prompt
+    python tests/benchmarks/speed.py --root data --beside     # `fit` beside a busy process, and twice at once
 
-All contestants train on the same 55,000 images with the same recipe, an epoch each in turn, so that a machine that gets
-slower gets slower for all; then each reads the test set, so that nobody is fast by doing less. Each has a process
-of its own: thread pools in one process would slow each other down. JAX, Keras (on TensorFlow) and scikit-learn take
-part where they are installed. The last column is the anonymous memory after training above that from before it.
+All contestants train on the same 55,000 images with the same recipe, each on one thread in a process of its own. They
+take turns, an epoch each, so that a machine that gets slower gets slower for all. Then each reads the test set, so that
+nobody is fast by doing less. JAX takes part where it is installed. The last column is the anonymous memory after
+training above that from before it.
 """
 
 import argparse
@@ -22,18 +21,15 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
 import lightning.pytorch as pl
 import torch
@@ -47,17 +43,9 @@ from torchvision.transforms import ToTensor
 from whole import beside, seconds_an_epoch, whole
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
-from mnist_lightning.digits import idx
-from mnist_lightning.engine.progress import EpochBar
 
 Split = tuple[Tensor, Tensor]
 Contestants = dict[str, tuple[Callable[..., float], dict[str, Any]]]
-
-PLAIN, PLAIN_CNN = "plain PyTorch loop (reference)", "small CNN, plain PyTorch loop (the CNN's reference)"
-
-
-class synthetic(MNIST):  # noqa: N801
-    """The stand-in digits: torchvision reads the files in the directory of the class's name."""
 
 
 class Turns:
@@ -84,7 +72,7 @@ class Turns:
 class TakeTurns(pl.Callback):
     """Makes a Trainer take turns; its epoch is timed until it validates or, without validation, ends.
 
-    It has no hooks on batches, so that our Trainer need not stop at each of them.
+    It has no hooks on batches, so that our Trainer need not run them.
     """
 
     def __init__(self, turns: Turns) -> None:
@@ -107,7 +95,7 @@ def as_floats(split: Split) -> Split:
     return split[0].float().div_(255), split[1].long()
 
 
-def read_accuracy(network: nn.Module, test: Split) -> float:
+def test_accuracy(network: nn.Module, test: Split) -> float:
     images, labels = as_floats(test)
     with torch.no_grad():
         logits: Tensor = network(images)
@@ -122,50 +110,26 @@ def plain_network(hidden: int) -> nn.Sequential:
     return network
 
 
-def small_cnn() -> nn.Sequential:
-    """Maps pixels, (B, 784), to logits, (B, 10)."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 28, 28)),
-        *(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.MaxPool2d(2)),
-        nn.Flatten(),
-        nn.Linear(16 * 5 * 5, 10),
-    )
-
-
-def reference(turns: Turns, data: MNISTDataModule, hidden: int = 200) -> float:
-    return loop_plainly(turns, data, plain_network(hidden))
-
-
-def cnn_reference(turns: Turns, data: MNISTDataModule) -> float:
-    return loop_plainly(turns, data, small_cnn())
-
-
-def loop_plainly(turns: Turns, data: MNISTDataModule, network: nn.Module) -> float:
-    """A plain PyTorch loop over resident tensors, denormals flushed, nothing logged."""
-    images, labels = as_floats(data.train)
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.001, fused=True)
+def plain_loop(turns: Turns, data: MNISTDataModule, hidden: int = 200) -> float:
+    """Over resident tensors; nothing is logged."""
+    model, (images, labels) = plain_network(hidden), as_floats(data.train)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)
     for _ in range(turns.epochs):
         with turns.take():
             for index in torch.randperm(len(labels)).split(data.batch_size):
-                loss = F.cross_entropy(network(images.index_select(0, index)), labels.index_select(0, index))
+                loss = F.cross_entropy(model(images.index_select(0, index)), labels.index_select(0, index))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return read_accuracy(network, data.test)
-
-
-class Unfused(MNISTClassifier):
-    fast_step = None  # type: ignore[assignment]
+    return test_accuracy(model, data.test)
 
 
 class Documented(pl.LightningModule):
     """A LightningModule as Lightning's documentation writes it."""
 
-    def __init__(self, network: nn.Module, fused: bool | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.network = network
-        self.fused = fused
+        self.network = plain_network(200)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images.flatten(1))
@@ -184,59 +148,32 @@ class Documented(pl.LightningModule):
         self.log("val/acc", (self(images).argmax(1) == labels).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.001, fused=self.fused)
+        return torch.optim.Adam(self.parameters(), lr=0.001)
 
 
-def this_project(
-    turns: Turns,
-    data: MNISTDataModule,
-    hidden: int = 200,
-    module: type[MNISTClassifier] = MNISTClassifier,
-    trainer: type[pl.Trainer] = Trainer,
-) -> float:
-    return fit(turns, data, module(hidden_dim=hidden), trainer)
-
-
-def our_cnn(turns: Turns, data: MNISTDataModule) -> float:
-    return fit(turns, data, Documented(small_cnn(), fused=True))
-
-
-def in_terminal(turns: Turns, data: MNISTDataModule, terminal: str, progress_bar: bool) -> float:
-    os.environ["TERM"] = "xterm-256color"
-    with Path(terminal).open("w") as screen, contextlib.redirect_stdout(screen):
-        return fit(turns, data, MNISTClassifier(), progress_bar=progress_bar)
-
-
-def fit(
-    turns: Turns,
-    data: MNISTDataModule,
-    model: pl.LightningModule,
-    trainer: type[pl.Trainer] = Trainer,
-    progress_bar: bool = False,
-) -> float:
+def ours(turns: Turns, data: MNISTDataModule, trainer: type[pl.Trainer] = Trainer, **settings: Any) -> float:
     """With TensorBoard, and with checkpoints of the best and of the last epoch."""
+    model = MNISTClassifier(**settings)
     with tempfile.TemporaryDirectory() as directory:
         best = pl.callbacks.ModelCheckpoint(monitor="val/acc", mode="max", filename="best")
         last = pl.callbacks.ModelCheckpoint(filename="last")
-        bar = [EpochBar()] if progress_bar else []
         trainer(
             accelerator="cpu",
             max_epochs=turns.epochs,
             log_every_n_steps=100,
             num_sanity_val_steps=0,
             logger=pl.loggers.TensorBoardLogger(directory),
-            callbacks=[TakeTurns(turns), *bar, best, last],
-            enable_progress_bar=progress_bar,
+            callbacks=[TakeTurns(turns), best, last],
+            enable_progress_bar=False,
             enable_model_summary=False,
         ).fit(model, datamodule=data)
-    return read_accuracy(model, data.test)
+    return test_accuracy(model, data.test)
 
 
 def lightning_as_documented(turns: Turns, data: MNISTDataModule) -> float:
     """torchvision's dataset, a `DataLoader`, `self.log` in each step."""
-    source = MNIST if data.dataset_name == "MNIST" else synthetic
-    dataset = torch.utils.data.Subset(source(data.root, transform=ToTensor()), range(5_000, 60_000))
-    model = Documented(plain_network(200))
+    dataset = torch.utils.data.Subset(MNIST(data.root, transform=ToTensor()), range(5_000, 60_000))
+    model = Documented()
     with tempfile.TemporaryDirectory() as directory:
         pl.Trainer(
             accelerator="cpu",
@@ -246,7 +183,7 @@ def lightning_as_documented(turns: Turns, data: MNISTDataModule) -> float:
             enable_progress_bar=False,
             enable_model_summary=False,
         ).fit(model, DataLoader(dataset, batch_size=100, shuffle=True))
-    return read_accuracy(model, data.test)
+    return test_accuracy(model, data.test)
 
 
 def jax_scan(turns: Turns, data: MNISTDataModule) -> float:
@@ -264,51 +201,6 @@ def jax_scan(turns: Turns, data: MNISTDataModule) -> float:
     return script.accuracy(state, *test)
 
 
-def keras(turns: Turns, data: MNISTDataModule, steps_per_execution: int) -> float:
-    import keras
-
-    keras.utils.set_random_seed(0)
-    normal = keras.initializers.TruncatedNormal(stddev=0.01)
-    model = keras.Sequential(
-        [
-            keras.layers.Dense(200, "relu", kernel_initializer=normal),
-            keras.layers.Dense(10, kernel_initializer=normal),
-        ]
-    )
-    model.compile(
-        keras.optimizers.Adam(0.001, epsilon=1e-8),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        steps_per_execution=steps_per_execution,
-    )
-    (x, y), (test_x, test_y) = ([part.numpy() for part in as_floats(split)] for split in (data.train, data.test))
-    for _ in range(turns.epochs):
-        with turns.take():
-            model.fit(x, y, batch_size=100, epochs=1, verbose=0)
-    return float((model.predict(test_x, verbose=0).argmax(1) == test_y).mean())
-
-
-def scikit_learn(turns: Turns, data: MNISTDataModule) -> float:
-    """`MLPClassifier` with its own initialisation."""
-    from sklearn.neural_network import MLPClassifier
-
-    (x, y), (test_x, test_y) = ([part.numpy() for part in as_floats(split)] for split in (data.train, data.test))
-    model = MLPClassifier((200,), alpha=0, batch_size=100, random_state=0)
-    for _ in range(turns.epochs):
-        with turns.take():
-            model.partial_fit(x, y, classes=range(10))
-    return float(model.score(test_x, test_y))
-
-
-def load_tiled(load: Callable[..., Split], tiles: int, raw: Path, file: str) -> Split:
-    """Read a file with its training images several times over."""
-    images, labels = load(raw, file)
-    if file == "train":
-        images = torch.cat([images[:5_000], images[5_000:].repeat(tiles, 1)])
-        labels = torch.cat([labels[:5_000], labels[5_000:].repeat(tiles)])
-    return images, labels
-
-
 def contest(
     pipe: Connection, contestant: Callable[..., float], settings: dict[str, Any], options: argparse.Namespace
 ) -> None:
@@ -316,13 +208,13 @@ def contest(
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as `fit` does
+    torch.manual_seed(0)
     settings = dict(settings)
-    if "tiles" in settings:
-        idx.load = partial(load_tiled, idx.load, settings.pop("tiles"))
     data = MNISTDataModule(options.dataset, options.root, settings.pop("batch_size", 100))
     data.prepare_data()
     data.setup("fit")
-    torch.manual_seed(0)
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
         before = anonymous()
         accuracy = contestant(Turns(pipe, options.epochs), data, **settings)
@@ -361,94 +253,57 @@ def ratio(seconds: list[float], base: list[float]) -> float:
 
 
 def processor() -> str:
-    try:
-        with Path("/proc/cpuinfo").open() as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), Path("/proc/cpuinfo").open() as file:
+        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def compare(options: argparse.Namespace) -> None:
     contestants: Contestants = {
-        PLAIN: (reference, {}),
-        "this project": (this_project, {}),
-        "this project, without the fused step": (this_project, {"module": Unfused}),
-        "Lightning's Trainer, our module": (this_project, {"trainer": pl.Trainer}),
-        "Lightning as documented": (lightning_as_documented, {}),
+        "plain PyTorch loop (reference)": (plain_loop, {}),
+        "this project": (ours, {}),
+        "this project, `fused=True`": (ours, {"fused": True}),
+        "Lightning's Trainer, our module and loader": (ours, {"trainer": pl.Trainer}),
     }
+    if options.dataset == "mnist":  # which torchvision reads
+        contestants["Lightning as documented"] = lightning_as_documented, {}
     if find_spec("jax"):
         contestants["JAX, one `lax.scan` an epoch"] = jax_scan, {}
-    if find_spec("keras") and find_spec("tensorflow"):
-        for steps in (1, 50):
-            contestants[f"Keras, `steps_per_execution={steps}`"] = keras, {"steps_per_execution": steps}
-    if find_spec("sklearn"):
-        contestants["scikit-learn"] = scikit_learn, {}
-    contestants |= {PLAIN_CNN: (cnn_reference, {}), "small CNN, our Trainer": (our_cnn, {})}
     seconds, found = in_turns(contestants, options)
     print("\n| | seconds an epoch | of the reference | test accuracy | MB of memory |\n| --- | --- | --- | --- | --- |")
+    base, *_ = seconds.values()
     for name, values in seconds.items():
-        base = seconds[PLAIN_CNN if "CNN" in name else PLAIN]
         accuracy, memory = found[name]
         times = f"{statistics.median(values[1:]):.2f} | {ratio(values, base):.2f}"
         print(f"| {name} | {times} | {accuracy:.2%} | {memory:.0f} |")
-    ours, base = seconds["this project"], seconds[PLAIN]
-    print(f"\nThis project's last epoch took {ours[-1] / base[-1] / (ours[1] / base[1]):.2f} of its second's time.")
 
 
-def scaling(options: argparse.Namespace) -> None:
-    print("\n| hidden units | batch size | images | reference, s | this project, s | ratio |\n" + "| --- " * 6 + "|")
-    for settings in (
-        *({"hidden": hidden} for hidden in (50, 200, 800, 3200)),
-        *({"batch_size": batch_size} for batch_size in (10, 1_000, 10_000)),
-        {"tiles": 10},
-    ):
-        seconds, _ = in_turns({"reference": (reference, settings), "ours": (this_project, settings)}, options)
-        base, ours = seconds.values()
-        size = [settings.get("hidden", 200), settings.get("batch_size", 100), f"{55_000 * settings.get('tiles', 1):,}"]
-        medians = [f"{statistics.median(values[1:]):.2f}" for values in (base, ours)]
-        print("|", " | ".join(map(str, [*size, *medians, f"{ratio(ours, base):.2f}"])), "|", flush=True)
-
-
-def progress_bar(options: argparse.Namespace) -> None:
-    import pty  # which Windows does not have
-
-    screen, terminal = pty.openpty()
-    drawn = bytearray()
-
-    def read() -> None:
-        while True:
-            drawn.extend(os.read(screen, 65_536))
-
-    threading.Thread(target=read, daemon=True).start()
-    bars = {"without a progress bar": False, "with a progress bar": True}
-    settings = {"terminal": os.ttyname(terminal)}
-    seconds, _ = in_turns({row: (in_terminal, settings | {"progress_bar": bar}) for row, bar in bars.items()}, options)
-    base = next(iter(seconds.values()))
-    print("\n| this project, in a terminal | seconds an epoch | ratio |\n| --- | --- | --- |")
-    for row, values in seconds.items():
-        print(f"| {row} | {statistics.median(values[1:]):.2f} | {ratio(values, base):.2f} |")
-    print(f"\nThe bar was drawn {drawn.count(b'Epoch'):,} times.")
+def steps(options: argparse.Namespace) -> None:
+    """Milliseconds an iteration, where a step has less to do and more."""
+    columns = ("plain loop", "this Trainer", "Lightning's Trainer")
+    print("\n| hidden units, minibatch |", " | ".join(columns), "|\n" + "| --- " * 4 + "|")
+    for hidden, batch_size in ((10, 10), (100, 100), (800, 200), (3200, 200)):
+        size = {"batch_size": batch_size}
+        contestants: Contestants = {
+            columns[0]: (plain_loop, size | {"hidden": hidden}),
+            columns[1]: (ours, size | {"hidden_dim": hidden}),
+            columns[2]: (ours, size | {"hidden_dim": hidden, "trainer": pl.Trainer}),
+        }
+        seconds, _ = in_turns(contestants, options)
+        each = [1000 * statistics.median(values[1:]) * batch_size / 55_000 for values in seconds.values()]
+        print(f"| {hidden}, {batch_size} |", " | ".join(f"{ms:.2f}" for ms in each), "|", flush=True)
 
 
 def processes(options: argparse.Namespace) -> None:
-    """Whole epochs of the command `fit`, validation included; the better of two runs."""
-    columns = {
-        "one process, all cores": ({"OMP_NUM_THREADS": str(os.cpu_count() or 1)}, ["--trainer.devices=1"]),
-        "one process, one core": ({"OMP_NUM_THREADS": "1"}, ["--trainer.devices=1"]),
-        "two processes, a core each": ({"OMP_NUM_THREADS": "1"}, ["--trainer.devices=2", "--trainer.strategy=ddp"]),
-    }
+    """Seconds an epoch of the command `fit`, validation included; the better of two runs."""
+    columns = {"one process": ["--trainer.devices=1"], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]}
     print("\n| minibatch |", " | ".join(columns), "|\n" + "| --- " * (1 + len(columns)) + "|")
     for batch_size in (100, 1_000, 5_000, 11_000):
         data = [f"--data.dataset={options.dataset}", f"--data.root={options.root}", f"--data.batch_size={batch_size}"]
-        runs = [
-            [
-                seconds_an_epoch([*data, "--trainer.accelerator=cpu", *devices], options.epochs, threads)
-                for threads, devices in columns.values()
-            ]
-            for _ in range(2)
+        better = [
+            min(seconds_an_epoch([*data, *devices], options.epochs) for _ in range(2)) for devices in columns.values()
         ]
-        better = [f"{min(pair):.2f}" for pair in zip(*runs, strict=True)]
-        print(f"| {batch_size:,} |", " | ".join(better), "|", flush=True)
+        print(f"| {batch_size:,} |", " | ".join(f"{seconds:.2f}" for seconds in better), "|", flush=True)
 
 
 def main() -> None:
@@ -458,15 +313,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="at least 2")
     parser.add_argument("--rounds", type=int, default=5, help="of --whole, --beside and --parts")
     measure = parser.add_mutually_exclusive_group()
-    for option, function, text in (
-        ("--scaling", scaling, "vary the size of network, minibatch and training set"),
-        ("--progress-bar", progress_bar, "compare our Trainer with and without a progress bar in a terminal"),
-        ("--processes", processes, "compare the command `fit` on one process and on two"),
-        ("--whole", whole, "compare the whole command `fit` with bare scripts (on MNIST)"),
-        ("--parts", parts, "time the parts of one optimizer step"),
-        ("--beside", beside, "compare `fit` alone, beside busy processes, and twice at once (on MNIST)"),
+    for option, function in (
+        ("--steps", steps),
+        ("--parts", parts),
+        ("--processes", processes),
+        ("--whole", whole),
+        ("--beside", beside),
     ):
-        measure.add_argument(option, dest="measure", action="store_const", const=function, default=compare, help=text)
+        measure.add_argument(option, dest="measure", action="store_const", const=function, default=compare)
     options = parser.parse_args()
     data = MNISTDataModule(options.dataset, options.root)
     data.prepare_data()

@@ -1,0 +1,144 @@
+"""What is refused before a run goes wrong: two processes in one directory, and what could not be resumed exactly."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.trainer.states import TrainerFn
+
+from .processes import all_gather_object
+from .runs import CheckpointError, RunLock, run_directory
+
+# What PyTorch's fused optimizers write to, without a look at its size.
+KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
+
+
+class Checks(pl.Callback):
+    """Takes the lock on a run's directory, ends a run that had ended early, and refuses what would not resume exactly.
+
+    Args:
+        lock: Gets the lock; whoever made it gives it back.
+
+    Raises:
+        JobError: Another process trains in the directory.
+        MisconfigurationException: The processes found different checkpoints; or the checkpoint has another number of
+            iterations in an epoch or in the schedule of the learning rate, or another optimizer.
+    """
+
+    def __init__(self, lock: RunLock) -> None:
+        self.lock = lock
+        self._checkpoint: dict[str, Any] = {}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["iterations_per_epoch"] = trainer.num_training_batches
+        checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        checkpoint["stopped_early"] = trainer.should_stop and early_stopping(trainer) is not None
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
+        self._checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING else {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        paths = all_gather_object(trainer, trainer.ckpt_path and str(trainer.ckpt_path))
+        if len(set(paths)) > 1:
+            raise MisconfigurationException(f"ckpt_path: the processes found different checkpoints: {paths}")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if run := run_directory(trainer):
+            self.lock.acquire(run)
+        # Lightning would refuse it too, but only after the training.
+        limit, data = trainer.limit_test_batches, trainer.datamodule  # type: ignore[attr-defined]
+        if data and isinstance(limit, float) and 0 < limit < 1 and int(limit * len(data.test_dataloader())) == 0:
+            raise MisconfigurationException(f"limit_test_batches {limit} is less than one minibatch; give 0 for none")
+        if self._checkpoint:
+            _check_schedules(trainer, self._checkpoint)
+            _check_optimizers(trainer, self._checkpoint)
+            # Else Lightning would train another epoch before it asks again.
+            if self._checkpoint.get("stopped_early") and early_stopping(trainer):
+                trainer.should_stop = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        then, now = self._checkpoint.get("iterations_per_epoch"), trainer.num_training_batches
+        self._checkpoint = {}
+        if then not in (None, now):
+            raise MisconfigurationException(
+                f"an epoch has {now} iterations, but the checkpoint was trained with {then}; give the same "
+                "trainer.limit_train_batches to resume it"
+            )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.fit_loop.restarted_mid_epoch and any(isinstance(c, StochasticWeightAveraging) for c in callbacks):
+            # It restores its schedule as an epoch starts, which this one did before the checkpoint.
+            raise MisconfigurationException(
+                "StochasticWeightAveraging cannot be resumed in mid-epoch; resume a checkpoint of an epoch's end"
+            )
+
+
+def early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
+    """The Trainer's `EarlyStopping` that has found a reason to stop, if one has."""
+    callbacks = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # type: ignore[attr-defined]
+    return next((c for c in callbacks if c.stopping_reason != EarlyStoppingReason.NOT_STOPPED), None)
+
+
+def why_done(trainer: pl.Trainer, epochs: int, iteration: int) -> str:
+    """Why a run that is resumed after so many epochs and iterations has nothing left to train, or ""."""
+    for name, done in {"max_epochs": epochs, "max_steps": iteration}.items():
+        if done >= (getattr(trainer, name) or 0) > 0:
+            if any(hasattr(config.scheduler, "total_steps") for config in trainer.lr_scheduler_configs):
+                return "so is the schedule of its learning rate, and it cannot be trained longer"
+            return f"to train longer, give a larger --trainer.{name}"
+    if trainer.should_stop and (stopped := early_stopping(trainer)):
+        why = str(stopped.stopping_reason_message).removesuffix(" Signaling Trainer to stop.")
+        return f"{why} To train longer, leave EarlyStopping out"
+    return ""
+
+
+def _check_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuse a schedule of the learning rate that is of another length than the checkpoint's.
+
+    Raises:
+        MisconfigurationException: It is.
+    """
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return  # it puts its own in the place of ours
+    states = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    both = ([state.get("total_steps") for state in each] for each in (states, checkpoint.get("lr_schedulers", [])))
+    ours, theirs = (", ".join(f"{n} iterations" for n in total) or "none" for total in both)
+    if ours != theirs:
+        raise MisconfigurationException(
+            f"the schedule of the learning rate is for {ours}, that of the checkpoint for {theirs}; give the same "
+            "schedule, max_epochs and max_steps to resume it"
+        )
+
+
+def _check_optimizers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Raise where a tensor does not fit its parameter: PyTorch's fused kernels would write outside of it.
+
+    Raises:
+        CheckpointError: One does not.
+        MisconfigurationException: The checkpoint is of another optimizer.
+    """
+    ours, theirs = [type(optimizer).__name__ for optimizer in trainer.optimizers], checkpoint.get("optimizers")
+    if theirs not in (None, ours):
+        raise MisconfigurationException(
+            f"the optimizer is {', '.join(ours)}, but the checkpoint was trained with {', '.join(map(str, theirs))}; "
+            "give the same to resume it"
+        )
+    try:
+        for optimizer, saved in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            names = [name for group in saved["param_groups"] for name in group["params"]]
+            for name, parameter in zip(names, parameters, strict=True):  # by position, as PyTorch loads them
+                _check_state(saved["state"].get(name, {}), parameter)
+    except Exception as error:  # whatever plain values may lead to that are in the wrong place
+        raise CheckpointError(f"{trainer.ckpt_path} is not of this program: {type(error).__name__}: {error}") from error
+
+
+def _check_state(state: dict[str, Any], parameter: torch.Tensor) -> None:
+    # Not a plain number, which some optimizers count steps with, and no kernel writes to.
+    for key in [key for key in KERNELS_WRITE & state.keys() if isinstance(state[key], torch.Tensor)]:
+        value, shape = state[key], torch.Size() if key == "step" else parameter.shape
+        is_dense = value.is_contiguous() or value.stride() == parameter.stride()  # channels last, say
+        if value.shape != shape or not value.is_floating_point() or not is_dense:
+            raise ValueError(f"expected the optimizer's {key} of shape {tuple(shape)}, found {tuple(value.shape)}")

@@ -1,0 +1,236 @@
+"""What a command says, and how it ends: lines, errors in one line, exit codes. It starts without PyTorch."""
+
+import contextlib
+import difflib
+import gc
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from lightning_utilities.core.rank_zero import rank_zero_only  # where Lightning keeps this process's rank
+
+PROGRAM = __name__.partition(".")[0]
+
+# Of `LightningCLI`, whose import takes seconds.
+TRAINER_COMMANDS = {
+    "fit": "Train and test.",
+    "validate": "Measure the validation split again.",
+    "test": "Measure the test split again.",
+    "predict": "Predict the test split.",
+}
+
+# Lightning announces itself, and says what our own lines say.
+NOISE = re.compile(
+    r"(GPU|TPU|HPU|IPU) available|💡 Tip|Seed set to|`Trainer\.fit` stopped: `max_|Restor(ing|ed) (all )?states"
+    r"|Loaded model weights|Loading `train_dataloader`|distributed_backend=|`Trainer\(limit_|LOCAL_RANK: \d+ - CUDA"
+    r"|You are using a CUDA device .* Tensor Cores|Using (16bit|bfloat16)"
+)
+NOISY_WARNINGS = (
+    r".*`torch.jit.trace",  # TensorBoard's graph, inside PyTorch
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
+    r"The number of training batches .* is smaller than the logging interval",  # a short run is no mistake
+    r"Checkpoint directory .* exists and is not empty",  # of the run that is being resumed
+    r"The `srun` command is available on your system",  # also on a machine that only hands jobs in
+    r"Be aware that when using `ckpt_path`, callbacks",  # only `fit` writes checkpoints
+)
+
+Command = Callable[[list[str]], None]
+
+
+class JobError(Exception):
+    """The job failed, and the message tells a user why and what to do: one line, and exit code 1."""
+
+
+class UsageError(JobError):
+    """The command or the config is wrong; the message names the setting and what to do: one line, and exit code 2."""
+
+
+class Stopped(Exception):  # noqa: N818 (no error, as StopIteration is none)
+    """A signal ended training, and all is saved.
+
+    Args:
+        signum: The signal's number.
+        message: What to say of it.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def run_command(train: Callable[[], None], commands: Mapping[str, Command], description: str) -> int:
+    """Run the command line. It leaves the process's environment as it was.
+
+    Args:
+        train: Imports Lightning, parses the command line, and runs one of `TRAINER_COMMANDS`.
+        commands: Other commands by their names; each gets the arguments after its name.
+        description: For `--help`.
+
+    Returns:
+        0 when done, 1 when the job failed, 2 when the command or config was wrong, 128 + the number of a signal.
+
+    Raises:
+        Exception: There is a bug, ours or the user's: Python shows where.
+    """
+    environment, streams = dict(os.environ), (sys.stdout, sys.stderr)
+    # Closed, or of a program without a console: what is printed goes nowhere.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in streams)  # noqa: PTH123, SIM115
+    if "ipykernel" not in sys.modules:
+        # A notebook's `!python -m ...` inherits its variable, which may name a backend that is not installed here.
+        os.environ["MPLBACKEND"] = "agg"
+    try:
+        _dispatch(train, commands, description)
+        return 0
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's way to end
+            return _fail("interrupted", 128 + signal.SIGINT)
+        return end.code if isinstance(end.code, int) else 0  # 0 after `--help`
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT)
+    except Stopped as stopped:
+        say(str(stopped))
+        # The first process answers for all; Lightning would kill it, should it see that another one has failed.
+        return 128 + stopped.signum if rank() == 0 else 0
+    except UsageError as error:
+        return _fail(error, 2)
+    except JobError as error:
+        return _fail(error, 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(error, 1)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        say("", end="")  # flushes what others have printed
+        sys.stdout, sys.stderr = streams
+
+
+def _dispatch(train: Callable[[], None], commands: Mapping[str, Command], description: str) -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command := commands.get(name):
+        command(sys.argv[2:])
+    elif name in ("-h", "--help"):
+        listed = TRAINER_COMMANDS | {name: str(each.__doc__).partition("\n")[0] for name, each in commands.items()}
+        lines = [f"  {name:<10}{does}" for name, does in listed.items()]
+        usage = f"usage: python -m {PROGRAM} COMMAND [SETTINGS]"
+        say("\n".join([usage, "", description, "", *lines, "", "Each lists its settings with COMMAND --help."]))
+    elif name in TRAINER_COMMANDS:
+        train()
+    else:
+        raise UsageError(_wrong_command(name, [*TRAINER_COMMANDS, *commands]))
+
+
+def _wrong_command(name: str, names: list[str]) -> str:
+    # Lightning's error would name its own commands only, and not say that the settings after a command are its own.
+    if name.startswith("-"):
+        command = next((argument for argument in sys.argv if argument in names), names[0])
+        return f"the command comes first, and its settings after it: {command} {name}"
+    problem = f"there is no command {name}" if name else "a command is missing"
+    return problem + did_you_mean(name, names, f"; give {', '.join(names[:-1])} or {names[-1]}")
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """`; did you mean X?` with the nearest of some names, or `otherwise` where none is near."""
+    nearest = difflib.get_close_matches(name, [*names], n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else otherwise
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    # A damaged file's content must not reach the terminal's control codes, nor a closed console hide the exit code.
+    message = printable(" ".join(str(error).split())) or type(error).__name__
+    if rank():
+        time.sleep(3)  # where all fail, the first one speaks for all: torchrun mostly ends this one before
+        message = f"process {rank()}: {message}"
+    with contextlib.suppress(OSError):
+        print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def command_line(*arguments: str) -> str:
+    """A command of this program, as it was started, to be typed again."""
+    script = sys.argv[0]
+    program = ["python", "-m", PROGRAM] if script.endswith("__main__.py") else ["python", script]
+    if not script.endswith(".py"):  # pip's, on the path
+        program = [Path(script).stem]
+    words = [*program, *arguments]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+
+
+def has_user_code(error: Exception) -> bool:
+    """Whether a file outside of this folder, Lightning and its libraries led to an error, or to what led to it."""
+    libraries = {Path(__file__).parent.as_posix(), "lightning", "torch", "jsonargparse"}
+    cause = error.__cause__ or error.__context__
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    are_libraries = [bool(libraries & {*file.parts, file.parent.as_posix()}) for file in files]
+    # What comes before the first of them is the program that was started.
+    is_own = True not in are_libraries or not all(are_libraries[are_libraries.index(True) :])
+    return is_own or (isinstance(cause, Exception) and has_user_code(cause))
+
+
+def rank() -> int:
+    """This process's number among those of the run; 0 is the first, or the only one, also before there is a Trainer."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def say(line: str, end: str = "\n") -> None:
+    """Print a line, in the first process, with "?" for what the console lacks.
+
+    Where nobody reads any more, as after `| head`, training goes on without.
+    """
+    if rank():
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(line.encode(encoding, "replace").decode(encoding), end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Untrusted text, without control codes that a terminal would obey, and without what an encoding lacks."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+@contextlib.contextmanager
+def without_garbage_collector() -> Iterator[None]:
+    """Import in it: the garbage collector, which finds nothing there, would take a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def without_noise() -> Iterator[None]:
+    """Leave out Lightning's lines and warnings that no user can act on."""
+
+    def is_told(record: logging.LogRecord) -> bool:
+        return not NOISE.search(record.getMessage())
+
+    handlers = [
+        handler for part in ("pytorch", "fabric") for handler in logging.getLogger(f"lightning.{part}").handlers
+    ]
+    for handler in handlers:
+        handler.addFilter(is_told)
+    with warnings.catch_warnings():
+        for message in NOISY_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(is_told)

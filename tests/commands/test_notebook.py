@@ -1,0 +1,69 @@
+"""A notebook: a real kernel trains and shows figures, and its `!python -m mnist_lightning` works."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from conftest import VAL_SIZE, slow
+from nbclient import NotebookClient
+
+TRAINS = """
+from lightning.pytorch.callbacks import TQDMProgressBar
+from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
+data = MNISTDataModule("synthetic", {root!r}, val_size=200)
+nothing = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
+# Lightning's other progress bar, Rich's, needs `ipywidgets` here, and says so.
+trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=[TQDMProgressBar()], **nothing)
+trainer.fit(MNISTClassifier(8), datamodule=data)
+"""
+SHOWS = """
+from mnist_lightning.digits import plots
+plots.digit_grid(data.train[0][:9].float() / 255, ["a digit"] * 9, "training digits")
+"""
+RUNS = """
+import sys
+sys.path.insert(0, {tests!r})
+import process_state
+from mnist_lightning.__main__ import main
+sys.argv[1:] = ["fit", "--data.dataset=synthetic", "--data.root={root}", "--data.val_size=200"]
+sys.argv += ["--trainer.max_epochs=1", "--model.hidden_dim=8"]
+assert main() == 0
+before = process_state.state()
+assert main() == 0
+assert process_state.changes(before, process_state.state()) == []
+"""
+COMMANDS = "!{sys.executable} -m mnist_lightning data --data.dataset=synthetic --data.root={root} --data.val_size=200"
+
+
+def text(outputs: list[Any]) -> str:
+    return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+@pytest.mark.slow
+def test_a_kernel_trains_and_shows(root: Path, tmp_path: Path) -> None:
+    names = {"root": str(root), "tests": str(Path(__file__).parents[1])}
+    sources = [TRAINS.format(**names), SHOWS, RUNS.format(**names), COMMANDS.replace("{root}", str(root))]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    trained, shown, ran, command = (cell.outputs for cell in notebook.cells)
+    assert re.search(r"Epoch 1: 100%.* 11/11 ", text(trained))
+    assert "image/png" in shown[-1]["data"]
+    assert "Test loss: " in text(ran)
+    assert "Run: lightning_logs/version_1" in text(ran)
+    assert "Figure: digits.png" in text(command)
+    assert "Traceback" not in text(command)
+
+
+@pytest.mark.parametrize("backend", ["module://nowhere.backend_inline", slow("inlined")])
+def test_a_backend_that_is_not_here_does_not_matter(tmp_path: Path, root: Path, backend: str) -> None:
+    small = ["--data.dataset=synthetic", f"--data.root={root}", f"--data.val_size={VAL_SIZE}"]
+    command = [sys.executable, "-m", "mnist_lightning", "data", *small]
+    environment = os.environ | {"MPLBACKEND": backend}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "digits.png").exists()

@@ -1,0 +1,207 @@
+"""How a command ends: one line or Python's traceback, the exit code, and a process that is left as it was."""
+
+import io
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import process_state
+import pytest
+import torch
+from conftest import VAL_SIZE, RunCLI
+
+from mnist_lightning.engine.console import JobError, Stopped, UsageError, run_command, say
+from mnist_lightning.engine.runs import CheckpointError
+
+SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=8", "--test_after_fit=false"]
+
+
+@pytest.fixture
+def run_raising(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], int]:
+    """Run a command that raises an error."""
+
+    def run(error: BaseException) -> int:
+        def train() -> None:
+            raise error
+
+        monkeypatch.setattr(sys, "argv", ["program", "fit"])
+        return run_command(train, {}, "")
+
+    return run
+
+
+interrupted = SystemExit(1)  # Lightning's answer to Ctrl-C
+interrupted.__context__ = KeyboardInterrupt()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (SystemExit(0), 0, ""),
+        (SystemExit(3), 3, ""),
+        (UsageError("data.root: x\n  is\twrong"), 2, "data.root: x is wrong"),
+        (JobError("a\x1b[31mb"), 1, "a?[31mb"),
+        (CheckpointError(""), 1, "CheckpointError"),
+        (FileNotFoundError(2, "No such file", "a.txt"), 1, "[Errno 2] No such file: 'a.txt'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (interrupted, 130, "interrupted"),
+        (Stopped(signal.SIGTERM, "saved"), 143, ""),
+    ],
+    ids=repr,
+)
+def test_exit_codes(
+    run_raising: Callable[..., int], capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    assert run_raising(error) == code
+    out, err = capsys.readouterr()
+    assert err == (f"mnist_lightning: {line}\n" if line else "")
+    assert out == ("saved\n" if code == 143 else "")
+
+
+@pytest.mark.parametrize("error", [OSError("of no file"), ValueError("x"), NameError("x"), AssertionError()], ids=repr)
+def test_a_bug_leaves_as_it_is(run_raising: Callable[..., int], error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        run_raising(error)
+    assert raised.value is error
+
+
+MINE = """
+import lightning.pytorch as pl
+import torch
+from mnist_lightning import MNISTClassifier, MNISTDataModule
+from mnist_lightning.__main__ import main
+
+class Model(MNISTClassifier):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        {init}
+    def training_step(self, batch, batch_idx):
+        {training_step}
+    def configure_optimizers(self):
+        {configure_optimizers}
+        return super().configure_optimizers()
+
+class Data(MNISTDataModule):
+    def setup(self, stage):
+        super().setup(stage)
+        {setup}
+
+class Callback(pl.Callback):
+    def __init__(self):
+        {callback}
+
+if __name__ == "__main__":
+    raise SystemExit(main(Model, Data))
+"""
+BUGS = {
+    "init": "raise ValueError('mine')  # bug",
+    "training_step": "probabilites.mean()  # bug",
+    "configure_optimizers": "torch.optim.SGD(self.parameters(), lr=-1)  # bug, found by PyTorch",
+    "setup": "raise ValueError('mine')  # bug",
+    "callback": "len(None)  # bug",
+}
+
+
+def script(directory: Path, place: str) -> Path:
+    """The user's program, with a bug in one place."""
+    path = directory / "mine.py"
+    path.write_text(MINE.format_map(dict.fromkeys(BUGS, "pass") | {place: BUGS[place]}))
+    return path
+
+
+ONE_LINE = pytest.mark.xfail(reason="jsonargparse makes a line of it, without file and place", strict=True)
+
+
+@pytest.mark.parametrize("place", [*list(BUGS)[:-1], pytest.param("callback", marks=ONE_LINE)])
+def test_a_users_bug_keeps_its_place(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    mine = runpy.run_path(str(script(tmp_path, place)))
+    monkeypatch.syspath_prepend(tmp_path)
+    callback = ["--trainer.callbacks=mine.Callback"] if place == "callback" else []
+    with pytest.raises((ValueError, NameError, TypeError)) as raised:
+        run_cli("fit", *SHORT, *callback, classes=(mine["Model"], mine["Data"]))
+    trace = "".join(traceback.format_exception(raised.value))
+    assert "mine.py" in trace
+    assert BUGS[place] in trace
+
+
+def test_a_users_bug_in_a_process_of_its_own(root: Path, tmp_path: Path) -> None:
+    small = ["--data.dataset=synthetic", f"--data.root={root}", f"--data.val_size={VAL_SIZE}"]
+    command = [sys.executable, str(script(tmp_path, "training_step")), "fit", *SHORT, *small]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+    assert BUGS["training_step"] in done.stderr
+    assert "mine.py" in done.stderr
+
+
+# What a command leaves of its process
+
+
+def state() -> dict[str, Any]:
+    # As bits, since a process that takes denormal numbers for zeros also finds them equal to zeros.
+    denormal = torch.tensor(1e-310, dtype=torch.double).mul(1).view(torch.int64).item()
+    return process_state.state() | {"bits of a denormal number": denormal}
+
+
+def in_a_thread(call: Callable[[], None]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("where", ["main thread", "thread", "notebook"])
+def test_commands_leave_the_process_as_it_was(run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    if where == "notebook":
+        monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as `import lightning` sets it
+    torch.set_num_threads(2)
+    argv, codes = sys.argv, []
+
+    def call() -> None:
+        codes.append(run_cli("fit", *SHORT, "--threads=3"))
+        codes.append(run_cli("test", "--ckpt_path=last"))
+        codes.append(run_cli("fit", "--model.hidden_dim=many"))
+        codes.append(run_cli("fit", *SHORT, "--model.learning_rate=1e38"))
+        monkeypatch.setattr(sys, "argv", argv)
+
+    states = [state()]
+    for _ in range(2):
+        in_a_thread(call) if where == "thread" else call()
+        states.append(state())
+    assert codes == [0, 0, 2, 1] * 2
+    changed = process_state.changes(*states[:2])
+    # The first time, Pillow and others register what they can do.
+    assert [name for name in changed if name.partition(".")[0] not in process_state.LIBRARIES] == []
+    assert "PIL.Image.MAX_IMAGE_PIXELS" not in changed
+    assert process_state.changes(*states[1:]) == []
+
+
+# Lines
+
+
+def test_a_console_that_lacks_a_character_gets_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    say("données")
+    assert out.buffer.getvalue() == b"donn?es\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["data"], ["fit", "--help"]], ids=["data", "help"])
+def test_the_reader_of_the_output_may_leave(root: Path, tmp_path: Path, arguments: list[str]) -> None:
+    small = ["--data.dataset=synthetic", f"--data.root={root}", f"--data.val_size={VAL_SIZE}"]
+    command = [sys.executable, "-m", "mnist_lightning", *arguments, *([] if "--help" in arguments else small)]
+    pipe = ["bash", "-c", f"{shlex.join(command)} | head -1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(pipe, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1

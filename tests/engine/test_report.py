@@ -1,0 +1,99 @@
+"""The report: console lines and `results.json`, whatever is trained."""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RunCLI, events, results, steps
+from engine.test_loop import Foreign, fit, loader
+
+from mnist_lightning import Trainer
+from mnist_lightning.engine.report import Report
+
+RUN = Path("lightning_logs/version_0")
+
+
+class OnlyTestLoss(Foreign):
+    """It measures no accuracy, as a regression does."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/loss", self.loss(batch))
+
+
+def test_a_module_without_accuracies_and_a_loader_that_is_given_to_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(Trainer, tmp_path / "run", OnlyTestLoss, loader, lambda: [Report()], {})
+    run.trainer.test(run.module, loader(shuffle=False), verbose=False)
+    assert "test/loss" in run.trainer.callback_metrics
+    found = results(tmp_path / "run")
+    assert found["iterations"] == 22
+    assert "test/acc" not in found
+    assert re.match(r"Training on the given loader; 123 parameters on cpu, \d", capsys.readouterr().out)
+
+
+def test_a_run_shorter_than_a_logging_interval_has_no_training_curve(
+    run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--trainer.max_epochs=2", "--model.hidden_dim=8"]
+    assert run_cli("fit", *settings, "--trainer.log_every_n_steps=23") == 0
+    out, err = capsys.readouterr()
+    assert "iter " not in out
+    assert err == ""
+    assert "train/loss" not in events(RUN).Tags()["scalars"]
+    assert not (RUN / "figures/training_curves.png").exists()
+    assert run_cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    assert "iter 23: Loss=" in capsys.readouterr().out
+    assert steps(RUN, "train/loss") == [22]
+
+
+def test_which_weights_are_tested(run_cli: RunCLI) -> None:
+    rate = "--model.learning_rate=0.1"  # so high that the best epoch is rarely the last
+    assert run_cli("fit", "--trainer.max_epochs=3", "--test_weights=last", rate) == 0
+    assert run_cli("fit", "--trainer.max_epochs=2", "--test_after_fit=false", rate) == 0
+    curve = [event.value for event in events(RUN).Scalars("val/acc")]
+    assert results(RUN)["val/acc"] == pytest.approx(curve[-1])
+    assert curve[-1] < max(curve), "the test needs another seed"
+    untested = RUN.with_name("version_1")
+    assert "test/acc" not in results(untested)
+    assert not (untested / "figures").exists()
+    assert run_cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last", "--test_after_fit=true") == 0
+    best = max(event.value for event in events(untested).Scalars("val/acc"))
+    assert results(untested)["val/acc"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("weights", ["best", "last"])
+def test_a_moving_average_is_validated_saved_and_tested(run_cli: RunCLI, weights: str) -> None:
+    averages = "--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"
+    assert run_cli("fit", "--trainer.max_epochs=2", *averages, f"--test_weights={weights}") == 0
+    assert run_cli("test", f"--ckpt_path={weights}") == 0
+    run, again = results(RUN), results(RUN.with_name("version_1"))
+    for name in ("val/loss", "val/acc", "test/loss", "test/acc"):
+        assert run[name] == pytest.approx(again[name], abs=1e-6), name
+
+
+def test_an_average_that_nobody_validated_is_not_paired_with_another_networks_validation(run_cli: RunCLI) -> None:
+    averages = ["--trainer.callbacks=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"]
+    averages.append("--trainer.callbacks.swa_epoch_start=1")
+    for weights in ("last", "best"):
+        assert run_cli("fit", "--trainer.max_epochs=2", *averages, f"--test_weights={weights}") == 0
+    last, best = results(RUN), results(RUN.with_name("version_1"))
+    assert "test/acc" in last
+    assert "val/acc" not in last
+    assert "val/acc" in best
+    assert last["test/loss"] != best["test/loss"]
+
+
+def test_the_csv_logger_gets_the_same_metrics_at_the_same_steps(run_cli: RunCLI) -> None:
+    settings = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--test_weights=last"]
+    assert run_cli("fit", *settings) == 0
+    assert run_cli("fit", *settings, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv") == 0
+    with Path("csv/lightning_logs/version_0/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tags = set(events(RUN).Tags()["scalars"])
+    assert rows[0].keys() == tags | {"step"}
+    for tag in tags:
+        logged = {int(row["step"]): float(row[tag]) for row in rows if row[tag]}
+        assert logged == pytest.approx({event.step: event.value for event in events(RUN).Scalars(tag)}, rel=1e-4)
