@@ -31,8 +31,8 @@ BOX = 20
 # A digit is looked for at so many pixels along the longer side at most, and then anew in what was found.
 VIEW = 280
 
-# The rest was tuned on 1,000 validation digits: pasted, shaded and blurred as tests/paste.py does, cut at their boxes,
-# framed, and on squared paper.
+# The rest was tuned on 1,000 validation digits: pasted, shaded and blurred as tests/digits/paste.py does, cut at their
+# boxes, framed, and on squared paper.
 EDGE = 0.2  # least ink inside of the box
 CONNECTED = 0.15  # least ink of pixels that belong together
 CONTRAST = 13  # least difference between ink and paper that is no blank, of 255; and 6 times the noise

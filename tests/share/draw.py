@@ -1,4 +1,4 @@
-"""Draw a 3 on the page that `demo` writes: `python tests/draw.py demo.html page.png` takes the README's picture."""
+"""Draw a 3 on the page that `demo` writes, for the README: `python tests/share/draw.py demo.html page.png`."""
 
 import shutil
 import sys
