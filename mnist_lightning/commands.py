@@ -129,7 +129,7 @@ def export_network(arguments: list[str]) -> None:
         from mnist_lightning.digits import files, idx
         from mnist_lightning.share.export import Format, export
     parser.add_argument("--format", type=Format, required=True, help=f"One of {', '.join(get_args(Format))}")
-    parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors")
+    parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx or mnist.safetensors")
     config = parser.parse_args(arguments)
     mlp, trained_on = _network(config.ckpt_path, config.runs)
     images, _ = idx.load(files.get(config.data.dataset, Path(config.data.root)), "t10k")
