@@ -1,18 +1,21 @@
 """The data's files: download MNIST, verify it, make its stand-in where there is no network, or take the user's own."""
 
+import errno
 import itertools
-import shutil
+import socket
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypeAlias
 
-from mnist_lightning.digits import download, idx, synthetic
+from mnist_lightning.digits import disk, idx, synthetic
 from mnist_lightning.digits.idx import DataError
 
 Dataset: TypeAlias = Literal["auto", "mnist", "synthetic", "files"]
 
 NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
+
+MIRROR_TIMEOUT = 10.0  # seconds; a mirror that sends nothing for so long is given up
 
 # MD5 sums of the unpacked files; torchvision knows those of the gzipped ones.
 MNIST_MD5 = {
@@ -46,18 +49,16 @@ def get(dataset: Dataset, root: Path) -> Path:
         DataError: The files are damaged or missing and cannot be fetched, or the directory cannot be written.
     """
     try:
-        if _are_own(dataset):
-            return _get_files(root)
         if dataset != "synthetic":
             try:
-                return _get_mnist(root)
+                return _get_files(root) if _are_own(dataset) else _get_mnist(root)
             except UnreachableError as error:
                 if dataset == "mnist":
                     raise
                 _warn_of_stand_in(error)
         raw = find("synthetic", root)
         if not synthetic.is_complete(raw):  # else it may lie where nothing can be written
-            _make_synthetic(raw, root)
+            _make_synthetic(raw)
         return raw
     except OSError as error:
         cause = f"{error.filename or root}: {error.strerror or error}"
@@ -95,9 +96,10 @@ def _are_own(dataset: str) -> bool:
 def _get_files(root: Path) -> Path:
     raw = find("files", root)
     if missing := idx.missing(raw):
+        disk.check_directory(root / "MNIST" / "raw")
         raise DataError(
             f"{raw / missing[0]} is missing; expected {', '.join(idx.NAMES)} in {root} or {root / 'MNIST' / 'raw'}, "
-            f"also gzipped or as train-images.idx3-ubyte and so on; found there: {idx.found(root)}"
+            f"also gzipped or as train-images.idx3-ubyte and so on; found there: {idx.similar_files(root)}"
         )
     idx.unpack(raw)
     for file in ("train", "t10k"):
@@ -106,64 +108,78 @@ def _get_files(root: Path) -> Path:
 
 
 def _get_mnist(root: Path) -> Path:
-    if not _bad(raw := find("mnist", root)):
-        return raw
-    with idx.alone(root):  # of several processes that start at once, one downloads
-        raw = find("mnist", root)
-        if bad := _bad(raw):
-            _mend(raw, bad, root)
+    raw = find("mnist", root)
+    if _wrong_files(raw):  # else it may lie where nothing can be written
+        with disk.locked(root):  # of several processes that start at once, one downloads
+            raw = find("mnist", root)
+            if names := _wrong_files(raw):
+                _refuse_own_files(raw)
+                _replace_files(names, raw, root)
+    idx.unpack(raw)
     return raw
 
 
-def _bad(raw: Path) -> list[str]:
-    return [name for name in MNIST_MD5 if not _is_mnist(raw, name) or idx.locate(raw, name).suffix == ".gz"]
+def _wrong_files(raw: Path) -> list[str]:
+    return [name for name in MNIST_MD5 if not _is_mnist(idx.locate(raw, name), name)]
 
 
-def _mend(raw: Path, bad: list[str], root: Path) -> None:
-    _refuse_own(raw)
-    present = [path for name in MNIST_MD5 for path in idx.forms(raw, name) if path.is_file()]
-    raw.mkdir(parents=True, exist_ok=True)
+def _is_mnist(path: Path, name: str) -> bool:
+    return idx.md5_sum(path) == MNIST_MD5[name]
+
+
+def _replace_files(names: list[str], raw: Path, root: Path) -> None:
+    nothing_is_there = len(idx.missing(raw)) == len(idx.NAMES)
+    disk.make_directory(raw)
     # Everything is made in a directory of its own and moved when it is whole: a killed download leaves nothing that
     # could be taken for MNIST.
-    with TemporaryDirectory(dir=root, prefix=".download-", ignore_cleanup_errors=True) as directory:
-        for name in bad:
-            for packed in idx.forms(raw, name)[2:]:
-                if packed.is_file():
-                    shutil.copy(packed, Path(directory, f"{name}.gz"))
-        failure = download.fetch(bad, directory)
-        for name in bad:
-            if synthetic.md5_sum(Path(directory, name)) != MNIST_MD5[name]:
-                if not present:
-                    raise UnreachableError(
-                        f"{raw}: MNIST is not there, and the download failed: {failure}; expected "
-                        f"{', '.join(MNIST_MD5)}, found in {root}: {idx.found(root)}"
-                    )
-                # Of the two forms of a file the gzipped one is at fault where both are there: it mends the other.
-                culprit = next((path for path in reversed(idx.forms(raw, name)) if path in present), None)
-                state = f"{culprit} is damaged" if culprit else f"{raw / name} is missing"
-                raise DataError(f"{state}, and the download failed: {failure}; go online, or put a good copy there")
-        for name in bad:
+    with TemporaryDirectory(dir=raw, prefix=".download-", ignore_cleanup_errors=True) as directory:
+        for name in names:
+            packed = next((path for path in idx.candidates(raw, name) if _is_mnist(path, name)), None)
+            if packed:  # and what was unpacked from it is damaged
+                Path(directory, name).write_bytes(idx.read_bytes(packed).data)
+            elif failure := _download(name, directory):
+                path = idx.locate(raw, name)
+                fault = f"{path} is {'damaged' if path.is_file() else 'missing'}, and the download failed: {failure}; "
+                if nothing_is_there:
+                    found = f"{', '.join(idx.NAMES)} there; found in {root}: {idx.similar_files(root)}"
+                    raise UnreachableError(f"{fault}go online, or put {found}")
+                raise DataError(f"{fault}go online, or put a good copy there")
+        for name in names:
             if (path := raw / name).exists():  # it may be the user's
                 aside = next(aside for n in itertools.count(1) if not (aside := raw / f"{name}.aside{n}").exists())
-                path.rename(aside)
+                disk.replace(path, aside)
                 print(f"{path} was not MNIST's file, and is kept as {aside.name}", file=sys.stderr)
-            Path(directory, name).replace(path)
+            disk.replace(Path(directory, name), path)
 
 
-def _is_mnist(raw: Path, name: str) -> bool:
-    path, md5 = idx.locate(raw, name), MNIST_MD5[name]
-    if path.suffix == ".gz":
-        from torchvision.datasets import MNIST  # takes a second
+def _download(name: str, directory: str) -> str:
+    """Fetch a file of MNIST's and unpack it; return what went wrong with each mirror, or ""."""
+    from torchvision.datasets import MNIST  # takes a second, and mostly nothing is to be downloaded
+    from torchvision.datasets.utils import download_and_extract_archive
 
-        md5 = dict(MNIST.resources)[path.name.replace(".idx", "-idx")]
-    return synthetic.md5_sum(path) == md5
+    failures = []
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(MIRROR_TIMEOUT)  # torchvision sets none
+    try:
+        for mirror in MNIST.mirrors:
+            url = f"{mirror}{name}.gz"
+            try:
+                download_and_extract_archive(url, directory, md5=dict(MNIST.resources)[f"{name}.gz"])
+                return ""
+            except Exception as error:  # whatever a mirror may answer
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                failures.append(f"{url}: {' '.join(str(error).split()) or type(error).__name__}")
+    finally:
+        socket.setdefaulttimeout(default)
+    return ", ".join(failures)
 
 
-def _refuse_own(raw: Path) -> None:
+def _refuse_own_files(raw: Path) -> None:
     """Tell somebody's own files, a whole pair of them, from damaged ones."""
     for file in ("train", "t10k"):
         pair = [name for name in MNIST_MD5 if name.startswith(file)]
-        if not any(_is_mnist(raw, name) for name in pair):
+        if not any(_is_mnist(idx.locate(raw, name), name) for name in pair):
             try:
                 images, _ = idx.load(raw, file)
             except (DataError, OSError):
@@ -174,13 +190,13 @@ def _refuse_own(raw: Path) -> None:
             )
 
 
-def _make_synthetic(raw: Path, root: Path) -> None:
+def _make_synthetic(raw: Path) -> None:
     # Aside and then moved, as above: some file systems have no locks.
-    with idx.alone(raw), TemporaryDirectory(dir=root, prefix=".make-") as directory:
+    with disk.locked(raw), TemporaryDirectory(dir=raw, prefix=".make-") as directory:
         if not synthetic.is_complete(raw):
             synthetic.make(Path(directory))
             for path in Path(directory).iterdir():
-                path.replace(raw / path.name)
+                disk.replace(path, raw / path.name)
 
 
 def _warn_of_stand_in(error: UnreachableError) -> None:

@@ -1,6 +1,5 @@
 """Handwritten-looking digits in MNIST's format, drawn from scratch: a stand-in where MNIST cannot be downloaded."""
 
-import hashlib
 import json
 import math
 import struct
@@ -198,13 +197,8 @@ def make(directory: Path) -> None:
 
 
 def _manifest(directory: Path) -> bytes:
-    md5 = {name: md5_sum(directory / name) for name in idx.NAMES}
+    md5 = {name: idx.md5_sum(directory / name) for name in idx.NAMES}
     return json.dumps({"version": VERSION, "md5": md5}, indent=4).encode()
-
-
-def md5_sum(path: Path) -> str | None:
-    """The MD5 sum of a file in hexadecimal; None where there is no file."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
 
 
 def is_complete(directory: Path) -> bool:

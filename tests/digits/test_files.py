@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, fork, prepare
+from test_idx import pack, refuse_to_write, rename
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning.digits import download, files, idx, synthetic
+from mnist_lightning.digits import disk, files, synthetic
 from mnist_lightning.digits.files import UnreachableError
 from mnist_lightning.digits.idx import DataError
 
@@ -131,7 +132,7 @@ def stalling_mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_valid_files_are_not_downloaded_again(fake_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "fetch", lambda names, directory: pytest.fail("downloads"))
+    monkeypatch.setattr(files, "_download", lambda *_: pytest.fail("downloads"))
     for dataset in ("auto", "mnist"):
         assert prepare(dataset, fake_mnist).hparams["dataset"] == "mnist"
 
@@ -146,11 +147,11 @@ def test_without_network_auto_falls_back_with_a_warning(tmp_path: Path, capsys: 
     assert "Connection refused" in warning
     assert "not MNIST results" in warning
     assert "--data.dataset mnist" in warning
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.rglob(".download*"))
 
 
 def test_mnist_never_falls_back(tmp_path: Path) -> None:
-    with pytest.raises(UnreachableError, match="MNIST is not there, and the download failed"):
+    with pytest.raises(UnreachableError, match="train-images-idx3-ubyte is missing, and the download failed"):
         prepare("mnist", tmp_path)
     assert not (tmp_path / "synthetic").exists()
 
@@ -173,23 +174,11 @@ def test_damaged_files_are_an_error_and_never_a_reason_to_fall_back(fake_mnist: 
     assert prepare("auto", fake_mnist).dataset_name == "MNIST"
 
 
-def test_a_mirror_that_stalls_is_given_up(
-    tmp_path: Path, stalling_mirror: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert download.DOWNLOAD_TIMEOUT < 30
-    monkeypatch.setattr(download, "MIRROR_TIMEOUT", 60.0)
-    monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT", 0.5)
-    start = time.monotonic()
-    with pytest.raises(UnreachableError, match="nothing arrived"):
-        prepare("mnist", tmp_path)
-    assert time.monotonic() - start < 5
-    assert socket.getdefaulttimeout() is None
-
-
 def test_the_mirrors_sockets_time_out(tmp_path: Path, stalling_mirror: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "MIRROR_TIMEOUT", 0.2)
+    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 0.2)
     with pytest.raises(UnreachableError, match="timed out"):
         prepare("mnist", tmp_path)
+    assert socket.getdefaulttimeout() is None
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -202,7 +191,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_whole_stand_in_is_only_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may lie where nothing can be written."""
     monkeypatch.setattr(files, "TemporaryDirectory", None)
-    monkeypatch.setattr(idx, "alone", None)
+    monkeypatch.setattr(disk, "locked", None)
     assert files.get("synthetic", root) == root / "synthetic" / "raw"
 
 
@@ -254,7 +243,7 @@ def test_damaged_gzipped_files_are_named_and_replacing_them_mends_it(
     named = "train-labels-idx1-ubyte is missing" if damage == "delete" else f"{name} is damaged"
     with pytest.raises(DataError, match=named):
         prepare("auto", offline_gzipped)
-    assert not list(offline_gzipped.glob(".*"))
+    assert not list(offline_gzipped.rglob(".download*"))
     path.write_bytes(content)
     assert prepare("auto", offline_gzipped).dataset_name == "MNIST"
 
@@ -284,7 +273,7 @@ def test_a_damaged_file_is_unpacked_again_from_its_own_gzipped_form(
 def test_a_mirror_that_misbehaves_is_named_and_the_next_one_asked(
     tmp_path: Path, serve: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
-    monkeypatch.setattr(download, "MIRROR_TIMEOUT", 0.3)
+    monkeypatch.setattr(files, "MIRROR_TIMEOUT", 0.3)
     bad, _ = serve(answer, answer)
     with pytest.raises(UnreachableError, match=f"the download failed: {bad}train-images-idx3-ubyte.gz"):
         prepare("mnist", tmp_path / "alone")
@@ -301,12 +290,13 @@ def get_mnist(root: Path, mirrors: list[str], resources: list[tuple[str, str]], 
 def test_a_killed_download_is_never_taken_for_a_finished_one(tmp_path: Path, serve: Callable[..., list[str]]) -> None:
     process = fork.Process(target=get_mnist, args=(tmp_path / "new", serve(stall), MNIST.resources, files.MNIST_MD5))
     process.start()
-    while process.is_alive() and not any(path.stat().st_size for path in tmp_path.glob("new/.download-*/*.gz")):
+    raw = tmp_path / "new/MNIST/raw"
+    while process.is_alive() and not any(path.stat().st_size for path in raw.glob(".download-*/*.gz")):
         time.sleep(0.05)
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert not list(tmp_path.glob("new/MNIST/raw/*"))
+    assert not list(raw.glob("*ubyte*"))
     serve(good)
     assert prepare("mnist", tmp_path / "new").dataset_name == "MNIST"
 
@@ -352,35 +342,104 @@ def test_a_disk_that_fills_while_unpacking_is_an_error_with_its_cause(
     assert prepare("auto", offline_gzipped).dataset_name == "MNIST"
 
 
-def test_images_are_the_file_itself_and_writing_to_them_does_not_change_it(root: Path) -> None:
-    raw = root / "synthetic/raw"
-    path = raw / "train-images-idx3-ubyte"
-    content = path.read_bytes()
-    images, labels = idx.load(raw, "train")
-    assert (images.dtype, images.shape) == (torch.uint8, (SMALL["train"], 784))
-    assert (labels.dtype, labels.shape) == (torch.uint8, (SMALL["train"],))
-    assert images.numpy().tobytes() == content[16:]
-    assert bytes(labels.tolist()) == (raw / "train-labels-idx1-ubyte").read_bytes()[8:]
-    mapped = Path("/proc/self/maps")  # Linux has it
-    assert not mapped.exists() or str(path) in mapped.read_text()
-    images.fill_(7)
-    assert path.read_bytes() == content
-    assert idx.load(raw, "train")[0].max() == 255
+def to_root(fake: Path) -> None:
+    for path in (fake / "MNIST/raw").iterdir():
+        path.rename(fake / path.name)
 
 
-@pytest.mark.parametrize("damage", ["magic", "count", "rows", "short", "long", "empty"])
-def test_a_header_that_does_not_fit_its_file_is_refused(root: Path, tmp_path: Path, damage: str) -> None:
-    shutil.copytree(root / "synthetic/raw", tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "t10k-images-idx3-ubyte"
-    content = path.read_bytes()
-    changed = {
-        "magic": b"\0\0\x08\x04" + content[4:],
-        "count": content[:7] + bytes([content[7] ^ 1]) + content[8:],
-        "rows": content[:11] + b"\x38" + content[12:],
-        "short": content[:-1],
-        "long": content + b"\0",
-        "empty": b"",
-    }
-    path.write_bytes(changed[damage])
-    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is damaged"):
-        idx.load(tmp_path, "t10k")
+def rename_raw(fake: Path) -> None:
+    rename(fake / "MNIST/raw")
+
+
+@pytest.mark.parametrize("change", [to_root, rename_raw])
+def test_mnist_is_found_in_other_layouts(
+    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    change(fake_mnist)
+    monkeypatch.setattr(files, "_download", lambda *_: pytest.fail("downloads"))
+    data = prepare("auto", fake_mnist)
+    assert (data.dataset_name, data.hparams["dataset"]) == ("MNIST", "mnist")
+    assert "fingerprint" not in data.hparams
+
+
+def test_mnist_packed_anew_where_nothing_can_be_written(
+    fake_mnist: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(fake_mnist / "MNIST/raw", level=1)
+    refuse_to_write(monkeypatch)
+    monkeypatch.setattr(files, "_download", lambda *_: pytest.fail("downloads"))
+    for dataset in ("auto", "mnist"):
+        data = prepare(dataset, fake_mnist)
+        assert data.dataset_name == "MNIST"
+        assert torch.equal(data.train[0], prepare("synthetic", root).train[0])
+    assert not (fake_mnist / "MNIST/raw/train-images-idx3-ubyte").exists()
+
+
+@pytest.mark.parametrize("dataset", ["auto", "mnist", "files", "synthetic"])
+@pytest.mark.parametrize("place", ["data", "data/MNIST", "data/MNIST/raw"])
+def test_a_broken_link_or_a_file_in_the_way_is_named(tmp_path: Path, dataset: str, place: str) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if dataset == "synthetic":
+        path = Path(str(path).replace("MNIST", "synthetic"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=f"^{path}: a link to {tmp_path}/gone, which does not exist; mend that or"):
+        prepare(dataset, tmp_path / "data")
+    path.unlink()
+    path.write_text("")
+    with pytest.raises(DataError, match=f"^{path}: a file, not a directory; mend that or"):
+        prepare(dataset, tmp_path / "data")
+    assert not (tmp_path / "gone").exists()
+
+
+def test_what_was_expected_and_what_was_found_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "MNIST/processed").mkdir(parents=True)
+    for name in ("MNIST/processed/training.pt", "MNIST/processed/test.pt", "notes.txt"):
+        (tmp_path / name).touch()
+    expected = "put train-images-idx3-ubyte, train-labels.*found in .*: MNIST/processed/test.pt, MNIST/processed/tr"
+    with pytest.raises(DataError, match=expected):
+        prepare("mnist", tmp_path)
+    prepare("auto", tmp_path)
+    assert "MNIST/processed/test.pt" in capsys.readouterr().err.replace("│\n│ ", "")
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("place", ["MNIST/raw", "."])
+def test_somebodys_own_files_are_neither_overwritten_nor_taken_for_damaged(
+    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, place: str, gzipped: bool
+) -> None:
+    if place == ".":
+        to_root(fake_mnist)
+    labels = fake_mnist / place / "train-labels-idx1-ubyte"
+    images = fake_mnist / place / "train-images-idx3-ubyte"
+    labels.write_bytes(labels.read_bytes()[:8] + bytes(SMALL["train"]))
+    images.write_bytes(images.read_bytes()[:-1] + b"\x07")
+    if gzipped:
+        pack(fake_mnist / place)
+    before = {path: path.read_bytes() for path in fake_mnist.rglob("*ubyte*")}
+    monkeypatch.setattr(files, "_download", lambda *_: pytest.fail("downloads"))
+    for dataset in ("auto", "mnist"):
+        with pytest.raises(DataError, match=r"train-images.* holds 1,250 images that are not MNIST's; .*dataset files"):
+            prepare(dataset, fake_mnist)
+    assert {path: path.read_bytes() for path in fake_mnist.rglob("*ubyte*")} == before
+    assert prepare("files", fake_mnist).train[1].max() == 0
+
+
+def test_a_file_that_a_download_replaces_is_set_aside(
+    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = fake_mnist / "MNIST/raw/t10k-labels-idx1-ubyte"
+    good = path.read_bytes()
+
+    def download(name: str, directory: str) -> str:
+        Path(directory, name).write_bytes(good)
+        return ""
+
+    monkeypatch.setattr(files, "_download", download)
+    for n, own in enumerate((b"my own", good[:-1] + b"\x03"), 1):
+        path.write_bytes(own)
+        prepare("mnist", fake_mnist)
+        assert path.read_bytes() == good
+        assert path.with_name(f"{path.name}.aside{n}").read_bytes() == own
+        assert f"{path} was not MNIST's file, and is kept as {path.name}.aside{n}" in capsys.readouterr().err

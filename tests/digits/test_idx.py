@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
-from mnist_lightning.digits import download, idx, plots
+from mnist_lightning.digits import idx, plots
 from mnist_lightning.digits.idx import DataError
 
 FILES = ["--data.dataset=files", f"--data.val_size={VAL_SIZE}", "--trainer.max_epochs=1"]
@@ -34,6 +34,15 @@ def own(root: Path, tmp_path: Path) -> Path:
     return tmp_path / "kmnist"
 
 
+def refuse_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be written."""
+
+    def refuse(dir: Path, **_: Any) -> TemporaryDirectory[str]:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(idx, "TemporaryDirectory", refuse)
+
+
 def move_to_raw(root: Path) -> None:
     raw = root / "MNIST/raw"
     raw.mkdir(parents=True)
@@ -46,9 +55,9 @@ def rename(root: Path) -> None:
         (root / name).rename(root / other)
 
 
-def pack(root: Path) -> None:
+def pack(root: Path, level: int = 9) -> None:
     for name in idx.NAMES:
-        (root / f"{name}.gz").write_bytes(gzip.compress((root / name).read_bytes()))
+        (root / f"{name}.gz").write_bytes(gzip.compress((root / name).read_bytes(), level))
         (root / name).unlink()
 
 
@@ -181,7 +190,7 @@ def test_more_validation_images_than_there_are_is_a_wrong_setting(
 def test_gzipped_files_are_unpacked_once_beside_themselves(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(own)
     prepare("files", own)
-    assert sorted(path.name for path in own.iterdir()) == sorted([*idx.NAMES, *(f"{name}.gz" for name in idx.NAMES)])
+    assert {path.name for path in own.iterdir()} - {".lock"} == {*idx.NAMES, *(f"{name}.gz" for name in idx.NAMES)}
     monkeypatch.setattr(gzip, "open", lambda path: pytest.fail("unpacks again"))
     prepare("files", own)
 
@@ -190,14 +199,10 @@ def test_where_nothing_can_be_written_gzipped_files_are_unpacked_into_memory(
     own: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pack(own)
-
-    def refuse(dir: Path, **_: Any) -> TemporaryDirectory[str]:
-        raise OSError(errno.EROFS, "Read-only file system", str(dir))
-
-    monkeypatch.setattr(idx, "TemporaryDirectory", refuse)
+    refuse_to_write(monkeypatch)
     assert torch.equal(prepare("files", own).train[0], prepare("synthetic", root).train[0])
     assert not (own / idx.NAMES[0]).exists()
-    assert "cannot be written: each process unpacks train-images-idx3-ubyte.gz into memory" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{own} cannot be written: each process unpacks its files into memory\n"
 
 
 @pytest.mark.parametrize("damage", [lambda c: c[:-9], lambda c: b"<html>", lambda c: c[:50] + b"\xff" * 9 + c[59:]])
@@ -208,81 +213,38 @@ def test_a_damaged_gzipped_file_is_named_and_leaves_nothing(own: Path, damage: C
     with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is damaged: "):
         prepare("files", own)
     assert not (own / "t10k-images-idx3-ubyte").exists()
-    assert not list(own.glob(".*"))
+    assert not list(own.glob(".unpack*"))
 
 
-# MNIST itself
+def test_images_are_the_file_itself_and_writing_to_them_does_not_change_it(root: Path) -> None:
+    raw = root / "synthetic/raw"
+    path = raw / "train-images-idx3-ubyte"
+    content = path.read_bytes()
+    images, labels = idx.load(raw, "train")
+    assert (images.dtype, images.shape) == (torch.uint8, (SMALL["train"], 784))
+    assert (labels.dtype, labels.shape) == (torch.uint8, (SMALL["train"],))
+    assert images.numpy().tobytes() == content[16:]
+    assert bytes(labels.tolist()) == (raw / "train-labels-idx1-ubyte").read_bytes()[8:]
+    mapped = Path("/proc/self/maps")  # Linux has it
+    assert not mapped.exists() or str(path) in mapped.read_text()
+    images.fill_(7)
+    assert path.read_bytes() == content
+    assert idx.load(raw, "train")[0].max() == 255
 
 
-def to_root(fake: Path) -> None:
-    for path in (fake / "MNIST/raw").iterdir():
-        path.rename(fake / path.name)
-
-
-def rename_raw(fake: Path) -> None:
-    rename(fake / "MNIST/raw")
-
-
-@pytest.mark.parametrize("change", [to_root, rename_raw])
-def test_mnist_is_found_in_other_layouts(
-    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
-) -> None:
-    change(fake_mnist)
-    monkeypatch.setattr(download, "fetch", lambda names, directory: pytest.fail("downloads"))
-    data = prepare("auto", fake_mnist)
-    assert (data.dataset_name, data.hparams["dataset"]) == ("MNIST", "mnist")
-    assert "fingerprint" not in data.hparams
-
-
-def test_what_was_expected_and_what_was_found_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "MNIST/processed").mkdir(parents=True)
-    for name in ("MNIST/processed/training.pt", "MNIST/processed/test.pt", "notes.txt"):
-        (tmp_path / name).touch()
-    expected = (
-        "expected train-images-idx3-ubyte, train-labels.*found in .*: MNIST/processed/test.pt, MNIST/processed/tr"
-    )
-    with pytest.raises(DataError, match=expected):
-        prepare("mnist", tmp_path)
-    prepare("auto", tmp_path)
-    assert "MNIST/processed/test.pt" in capsys.readouterr().err.replace("│\n│ ", "")
-
-
-@pytest.mark.parametrize("gzipped", [False, True])
-@pytest.mark.parametrize("place", ["MNIST/raw", "."])
-def test_somebodys_own_files_are_neither_overwritten_nor_taken_for_damaged(
-    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, place: str, gzipped: bool
-) -> None:
-    if place == ".":
-        to_root(fake_mnist)
-    labels = fake_mnist / place / "train-labels-idx1-ubyte"
-    images = fake_mnist / place / "train-images-idx3-ubyte"
-    labels.write_bytes(labels.read_bytes()[:8] + bytes(SMALL["train"]))
-    images.write_bytes(images.read_bytes()[:-1] + b"\x07")
-    if gzipped:
-        pack(fake_mnist / place)
-    before = {path: path.read_bytes() for path in fake_mnist.rglob("*ubyte*")}
-    monkeypatch.setattr(download, "fetch", lambda names, directory: pytest.fail("downloads"))
-    for dataset in ("auto", "mnist"):
-        with pytest.raises(DataError, match=r"train-images.* holds 1,250 images that are not MNIST's; .*dataset files"):
-            prepare(dataset, fake_mnist)
-    assert {path: path.read_bytes() for path in fake_mnist.rglob("*ubyte*")} == before
-    assert prepare("files", fake_mnist).train[1].max() == 0
-
-
-def test_a_file_that_a_download_replaces_is_set_aside(
-    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = fake_mnist / "MNIST/raw/t10k-labels-idx1-ubyte"
-    good = path.read_bytes()
-
-    def fetch(names: list[str], directory: str) -> str:
-        Path(directory, path.name).write_bytes(good)
-        return ""
-
-    monkeypatch.setattr(download, "fetch", fetch)
-    for n, own in enumerate((b"my own", good[:-1] + b"\x03"), 1):
-        path.write_bytes(own)
-        prepare("mnist", fake_mnist)
-        assert path.read_bytes() == good
-        assert path.with_name(f"{path.name}.aside{n}").read_bytes() == own
-        assert f"{path} was not MNIST's file, and is kept as {path.name}.aside{n}" in capsys.readouterr().err
+@pytest.mark.parametrize("damage", ["magic", "count", "rows", "short", "long", "empty"])
+def test_a_header_that_does_not_fit_its_file_is_refused(root: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(root / "synthetic/raw", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    content = path.read_bytes()
+    changed = {
+        "magic": b"\0\0\x08\x04" + content[4:],
+        "count": content[:7] + bytes([content[7] ^ 1]) + content[8:],
+        "rows": content[:11] + b"\x38" + content[12:],
+        "short": content[:-1],
+        "long": content + b"\0",
+        "empty": b"",
+    }
+    path.write_bytes(changed[damage])
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is damaged"):
+        idx.load(tmp_path, "t10k")

@@ -1,0 +1,62 @@
+"""Directories and files that several processes may use at once."""
+
+import contextlib
+import errno
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+WAIT_IN_SILENCE = 5.0  # seconds
+RENAME_TIMEOUT = 5.0  # seconds
+
+
+def check_directory(path: Path) -> None:
+    """Say what keeps a directory from being there or being made.
+
+    Raises:
+        OSError: The path leads through a link that leads nowhere, or through a file.
+    """
+    for place in (*reversed(path.parents), path):
+        if place.is_symlink() and not place.exists():
+            raise OSError(errno.ENOENT, f"a link to {place.readlink()}, which does not exist", str(place))
+        if place.exists() and not place.is_dir():
+            raise OSError(errno.ENOTDIR, "a file, not a directory", str(place))
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, with those above it, that is not there yet; or raise as `check_directory` does."""
+    check_directory(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Let one process at a time, of all machines that share a directory, do something there; make the directory."""
+    make_directory(directory)
+    lock = FileLock(directory / ".lock")
+    with contextlib.suppress(OSError, NotImplementedError):  # where nothing can be locked, or written, go on without
+        try:
+            lock.acquire(timeout=WAIT_IN_SILENCE)
+        except Timeout:
+            print(f"waiting for another process, which holds {lock.lock_file}", file=sys.stderr)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file; try again for some seconds where it is refused, since Windows' virus scanners hold new files."""
+    deadline = time.monotonic() + RENAME_TIMEOUT
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
