@@ -174,7 +174,7 @@ def test_their_figures_are_drawn(
     assert all(heading.startswith("Fashion-MNIST\n") for heading in headings)
     out = capsys.readouterr().out
     assert "No figure weights.png: the first layer" in out
-    assert "No figure why.png: no digit was misread" in out
+    assert "No figure attributions.png: no digit was misclassified" in out
 
 
 Run = Callable[..., int]
@@ -263,7 +263,7 @@ def test_the_readme_takes_ten_minutes() -> None:
 
 # Files that a run, a reader or another machine has, and this project does not.
 ELSEWHERE = {"config.yaml", "results.json", "unfinished.json", "predictions.csv", "demo.html", "mine.py"}
-ELSEWHERE |= {"best.ckpt", "last.ckpt", "network.png", "weights.png", "why.png"}
+ELSEWHERE |= {"best.ckpt", "last.ckpt", "network.png", "weights.png", "attributions.png"}
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)

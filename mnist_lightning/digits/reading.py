@@ -21,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from mnist_lightning.digits import pictures
-from mnist_lightning.digits.inside import colored, reasons
+from mnist_lightning.digits.interpretation import attributions, color_by_attribution
 from mnist_lightning.digits.pictures import Array, PictureError
 from mnist_lightning.engine.run import printable
 from mnist_lightning.model import CLASSES, MLP, PIXELS, SIDE
@@ -175,8 +175,8 @@ def draw(path: str, seen: Mapping[Path, Array | None], probabilities: Tensor, ml
     pixels = _stack([digit for _, digit in drawn])
     best = probabilities[: len(drawn)].topk(2).indices
     shares = torch.eye(CLASSES)[best]
-    says, constants, _ = reasons(mlp, pixels, shares[:, 0] - shares[:, 1])
-    inks = (255 * colored(pixels, says)).byte().view(-1, SIDE, SIDE, 4).numpy()
+    says, constants, _ = attributions(mlp, pixels, shares[:, 0] - shares[:, 1])
+    inks = (255 * color_by_attribution(pixels, says)).byte().view(-1, SIDE, SIDE, 4).numpy()
     greys = (255 * (1 - pixels)).byte().view(-1, SIDE, SIDE).numpy()
     for index, ((file, digit), row) in enumerate(zip(drawn, probabilities.tolist(), strict=False)):
         left, top = index % columns * WIDTH + 14, index // columns * HEIGHT + HEADING + 24

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import prepare
 from PIL import Image
 
-from mnist_lightning.digits import inside, pictures, synthetic
+from mnist_lightning.digits import interpretation, pictures, synthetic
 from mnist_lightning.model import MLP
 from mnist_lightning.share import demo
 
@@ -176,7 +176,9 @@ def test_pixels_and_constant_add_up_to_the_logits(page: "Page", root: Path, mlp:
         constants = torch.tensor([row["constant"] for row in found], dtype=torch.float64)
         sums = torch.tensor(shares, dtype=torch.float64) @ logits
         torch.testing.assert_close(points.sum(1) + constants, sums, rtol=0, atol=1e-4)
-        expected, expected_constants, _ = inside.reasons(mlp, image.repeat(len(shares), 1), torch.tensor(shares))
+        expected, expected_constants, _ = interpretation.attributions(
+            mlp, image.repeat(len(shares), 1), torch.tensor(shares)
+        )
         torch.testing.assert_close(points, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(constants, expected_constants, rtol=0, atol=1e-4)
 

@@ -1,7 +1,7 @@
-"""What a network has become, in numbers: its layers, what the first one looks for, and why it read a digit.
+"""What a trained network computes: its layers, its most important hidden units, and attributions of its logits.
 
-It works for any network in evaluation mode: a forward pass records the calls, and autograd gives the slopes, in double
-precision on the CPU.
+All of it works for any network in evaluation mode: a forward pass records the calls, and autograd gives derivatives, in
+double precision on the CPU.
 """
 
 from types import SimpleNamespace
@@ -14,16 +14,18 @@ from torch.overrides import TorchFunctionMode
 
 from mnist_lightning.model import CLASSES, PIXELS, SIDE
 
-# Against, neither, for: told apart by the colour blind, and in black and white, as light, grey and dark.
+# From negative over zero to positive: told apart by the colour blind, and in black and white, as light, grey and dark.
 ORANGE_TO_BLUE = ((255, 192, 98), (232, 152, 46), (130, 130, 130), (58, 103, 181), (11, 31, 92))
 KINDS = {name.lower(): name for name in dir(nn)}  # the function `max_pool2d` is named as its module
 
 
 class Trace(TorchFunctionMode):
-    """A forward pass from `pixels`, (B, 784) in [0, 1], to `logits`, (B, 10), in double precision.
+    """A forward pass of a network, recorded: from `pixels`, (B, 784) in [0, 1], to `logits`, (B, 10).
 
-    Its `layers`, the pixels first, have parameters or change the shape. Each has a `kind`, with activations behind it,
-    `outputs`, (B, ...), `weights`, and its module's `name`. `branches`: some layer does not follow on the one before.
+    Attributes:
+        layers: The pixels, and each call that has parameters or changes the shape. A layer has a `kind`, followed by
+            its activation's; `outputs`, (B, ...); `weights`; and the `name` of its module.
+        branches: Whether some layer takes other inputs than the outputs of the one before it.
     """
 
     @torch.inference_mode(False)  # in which Lightning tests; gradients are on
@@ -62,44 +64,62 @@ class Trace(TorchFunctionMode):
 
 
 @torch.inference_mode(False)
-def detectors(trace: Trace) -> tuple[Tensor, Tensor] | None:
-    """Find the forty units of the first layer that matter most: mean activation times the norm of ten effects.
+def important_units(trace: Trace) -> tuple[Tensor, Tensor] | None:
+    """Find the forty most important units of the first layer: those of the largest mean activation times effect.
 
-    An effect is the mean derivative of a logit by a unit's activation: before the last layer, the outgoing weight.
-    Returns incoming weights, (N, 28, 28), and the digits that the units speak for most, (N,); None where the units have
-    not one weight for each pixel.
+    A unit's effect on a logit is the mean derivative of the logit with respect to its activation: in the layer before
+    the last one, its outgoing weight. Its effect is the norm of those on the ten logits.
+
+    Returns:
+        Incoming weights, (N, 28, 28), and the class whose logit each unit raises most, (N,); or None where the units do
+        not have one weight for each pixel.
     """
     layer = next(layer for layer in trace.layers if layer.weights)
     weights, rows = layer.weights[0], torch.arange(len(trace.logits))
     if weights.shape != (layer.outputs.shape[1], PIXELS):
         return None
-    # In one backward pass, each logit on every tenth digit.
-    (slopes,) = torch.autograd.grad(trace.logits[rows, rows % CLASSES].sum(), layer.outputs)
-    effects = torch.stack([slopes[digit::CLASSES].mean(0) for digit in range(CLASSES)])
+    # In one backward pass, each logit for every tenth image.
+    (gradients,) = torch.autograd.grad(trace.logits[rows, rows % CLASSES].sum(), layer.outputs)
+    effects = torch.stack([gradients[label::CLASSES].mean(0) for label in range(CLASSES)])
     order = (layer.outputs.detach().mean(0) * effects.norm(dim=0)).argsort(descending=True)[:40]
     return weights[order].unflatten(1, (SIDE, SIDE)), effects[:, order].argmax(0)
 
 
 @torch.inference_mode(False)
-def reasons(network: nn.Module, images: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Say why logits are what they are: what each pixel of images, (N, 784) in [0, 1], adds, and a constant, (N,).
+def attributions(network: nn.Module, images: Tensor, class_weights: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Attribute a weighted sum of logits to the pixels: gradient times input.
 
-    They add up to the sum of logits by `shares`, (N, 10), such as 1 for a digit and -1 for another. A network of ReLUs
-    is piecewise linear: with the active units held, this is exact. Else the third value is false, and the first ones
-    are gradient times input.
+    A network of ReLUs is piecewise linear. For it the attributions and a constant add up to the sum, exactly.
+
+    Args:
+        network: Maps (N, 784) to (N, 10).
+        images: (N, 784) pixels in [0, 1].
+        class_weights: (N, 10) weights of the logits in the sum, such as 1 for one class and -1 for another.
+
+    Returns:
+        Attributions, (N, 784); constants, (N,); and whether the network is linear around each image.
     """
     pixels = images.to("cpu", torch.double, copy=True)
-    # Within a linear piece, the slope is the same a little further on. A step of 1e-7 is too small to switch a unit.
+    # Within a linear piece, the gradient is the same a little further on. A step of 1e-7 is too small to switch a unit.
     trace = Trace(network, torch.cat([pixels, pixels * (1 + 1e-7)]))
-    sums = (trace.logits * shares.repeat(2, 1)).sum(1)
-    slopes, further = torch.autograd.grad(sums.sum(), trace.pixels)[0].chunk(2)
-    pixels *= slopes
-    is_exact = torch.allclose(slopes, further, rtol=0, atol=1e-11 * slopes.abs().max().item())
-    return pixels, sums.detach()[: len(images)] - pixels.sum(1), is_exact
+    sums = (trace.logits * class_weights.repeat(2, 1)).sum(1)
+    gradients, further = torch.autograd.grad(sums.sum(), trace.pixels)[0].chunk(2)
+    pixels *= gradients
+    is_linear = torch.allclose(gradients, further, rtol=0, atol=1e-11 * gradients.abs().max().item())
+    return pixels, sums.detach()[: len(images)] - pixels.sum(1), is_linear
 
 
-def colored(images: Tensor, pixels: Tensor) -> Tensor:
-    """Colour ink, (N, 784) in [0, 1], by what it says, (N, 784), each digit by its own scale: (N, 784, 4) in [0, 1]."""
-    place = 2 + 2 * (pixels / (0.7 * pixels.abs().amax(1, keepdim=True).clamp(min=1e-9))).numpy()
+def color_by_attribution(images: Tensor, attributions: Tensor) -> Tensor:
+    """Colour ink by its attribution, from orange (negative) to blue, each image on a scale of its own.
+
+    Args:
+        images: (N, 784) pixels in [0, 1], which become opacity.
+        attributions: (N, 784).
+
+    Returns:
+        (N, 784, 4) of red, green, blue and opacity in [0, 1].
+    """
+    largest = attributions.abs().amax(1, keepdim=True).clamp(min=1e-9)
+    place = 2 + 2 * (attributions / (0.7 * largest)).numpy()
     rgb = [np.interp(place, range(5), channel) / 255 for channel in zip(*ORANGE_TO_BLUE, strict=True)]
     return torch.stack([*map(torch.from_numpy, rgb), images.double()], 2)

@@ -1,4 +1,4 @@
-"""Pictures of a network: its layers, what the first one looks for, and why it misread; and points for the projector."""
+"""Figures of a network: its layers, its weights, and attributions of misclassified digits; points for the projector."""
 
 from typing import Any
 
@@ -9,45 +9,64 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor, nn
 
 from mnist_lightning.digits import plots
-from mnist_lightning.digits.inside import ORANGE_TO_BLUE, Trace, colored, detectors, reasons
+from mnist_lightning.digits.interpretation import (
+    ORANGE_TO_BLUE,
+    Trace,
+    attributions,
+    color_by_attribution,
+    important_units,
+)
 from mnist_lightning.digits.plots import Figure
 from mnist_lightning.engine.run import say
 from mnist_lightning.model import CLASSES, SIDE
 
-DIGITS = 1000  # whose activations are looked at
+DIGITS = 1000  # whose activations are taken
 
 
 def draw(network: nn.Module, data: Any, predictions: Tensor, mistakes: Tensor) -> dict[str, Figure]:
-    """Draw a network's layers, weights of the first one, and why it misread digits; say what is left out.
+    """Draw a network's layers, the weights of its first one, and attributions; say which of them are left out.
 
-    `predictions`, (N,), are the digits read in the test split, and `mistakes`, (M,), the numbers of the wrong ones.
+    Args:
+        network: Maps (B, 784) pixels in [0, 1] to (B, 10) logits.
+        data: A set up `MNISTDataModule`.
+        predictions: (N,) predicted classes of the test split.
+        mistakes: (M,) indices of those that are wrong.
     """
     figures, name = {}, data.dataset_name
     try:
-        # With fewer than ten digits, each counts several times.
+        # With fewer than ten images, each counts several times.
         trace = Trace(network, data.val[0][:DIGITS].repeat(CLASSES, 1)[:DIGITS].float() / 255)
-        figures["network"] = layers(trace, f"{name}\n{type(network).__name__}")
-        if found := detectors(trace):
-            figures["weights"] = weights(*found, f"{name}\nwhat the units that matter most look for, each for a digit")
+        figures["network"] = draw_layers(trace, f"{name}\n{type(network).__name__}")
+        if units := important_units(trace):
+            heading = "weights of the most important hidden units, and the digit that each speaks for most"
+            figures["weights"] = draw_weights(*units, f"{name}\n{heading}")
         else:
-            say("No figure weights.png: the first layer's units have not one weight for each pixel")
-        if len(which := mistakes[:9]):
-            images, read, true = data.test[0][which] / 255, predictions[which], data.test[1][which].long()
-            pixels, constants, is_exact = reasons(network, images, torch.eye(CLASSES)[read] - torch.eye(CLASSES)[true])
-            sums = [f"{a:+.1f} {b:+.1f} = {a + b:+.1f}" for a, b in zip(pixels.sum(1), constants, strict=True)]
-            pairs = zip(read, true, sums if is_exact else ["no exact sum"] * len(which), strict=True)
-            titles = [f"why {digit} and not {other}\n{text}" for digit, other, text in pairs]
-            told = "ink + constant = lead of one logit over the other" if is_exact else "gradient times input"
-            heading = f"{name}: why it read that\nblue (dark) ink is for it, orange (light) against\n{told}"
-            figures["why"] = plots.digit_grid(colored(images, pixels), titles, heading)
+            say("No figure weights.png: the units of the first layer do not have one weight for each pixel")
+        if len(mistakes):
+            figures["attributions"] = draw_attributions(network, data, predictions, mistakes[:9])
         else:
-            say("No figure why.png: no digit was misread")
+            say("No figure attributions.png: no digit was misclassified")
     except Exception as error:  # a network that does not run here must not fail a run that is done
         say(f"No figures of the network: {error}".partition("\n")[0])
     return figures
 
 
-def layers(trace: Trace, heading: str) -> Figure:
+def draw_attributions(network: nn.Module, data: Any, predictions: Tensor, mistakes: Tensor) -> Figure:
+    """Draw what each pixel adds to the predicted digit's logit minus the true one's, for up to nine mistakes."""
+    images, predicted, true = data.test[0][mistakes] / 255, predictions[mistakes], data.test[1][mistakes].long()
+    class_weights = torch.eye(CLASSES)[predicted] - torch.eye(CLASSES)[true]
+    pixels, constants, is_linear = attributions(network, images, class_weights)
+    sums = [f"{a:+.1f} {b:+.1f} = {a + b:+.1f}" for a, b in zip(pixels.sum(1), constants, strict=True)]
+    rows = zip(true, predicted, sums if is_linear else ["no exact sum"] * len(sums), strict=True)
+    titles = [f"True: {digit}, Pred: {other}\n{text}" for digit, other, text in rows]
+    caption = "ink + constant = predicted minus true logit" if is_linear else "gradient times input"
+    heading = (
+        f"{data.dataset_name}: attributions\nblue (dark) ink is for the predicted digit, orange (light) for the true"
+    )
+    return plots.digit_grid(color_by_attribution(images, pixels), titles, f"{heading}\n{caption}")
+
+
+def draw_layers(trace: Trace, heading: str) -> Figure:
     """Draw layers: dense ones as columns of some of their units, others as blocks."""
     columns = min(len(trace.layers), 5)
     height = 3.4 * -(-len(trace.layers) // columns) + 0.5
@@ -82,8 +101,8 @@ def layers(trace: Trace, heading: str) -> Figure:
     return figure
 
 
-def weights(pictures: Tensor, digits: Tensor, heading: str) -> Figure:
-    """Draw the weights of N units, (N, 28, 28), eight to a row, and under each its digit, (N,)."""
+def draw_weights(pictures: Tensor, digits: Tensor, heading: str) -> Figure:
+    """Draw the weights of N units, (N, 28, 28), eight in a row, and below each its digit, (N,)."""
     columns, scale = min(8, len(digits)), pictures.abs().quantile(0.999).item()
     grid = plots.tiles(pictures, columns, (0, 3, 0, 10), np.nan)
     high, wide = (size / 37 for size in grid.shape)
@@ -97,22 +116,23 @@ def weights(pictures: Tensor, digits: Tensor, heading: str) -> Figure:
     for index, digit in enumerate(digits):
         x, y = index % columns * 31 + 13.5, index // columns * 38 + 28
         axes.text(x, y, f"{digit}", ha="center", va="top", weight="bold")
-    label = "ink here silences the unit (below 0) or wakes it (above)"
+    label = "weight: ink here lowers the unit's activation (below 0) or raises it (above)"
     bar = figure.add_axes((0.2, 0.5 / height, 0.6, 0.12 / height))
     figure.colorbar(shown, cax=bar, orientation="horizontal", extend="both", label=label)
     return figure
 
 
-def project(trainer: Any, network: nn.Module, data: Any, predictions: Tensor) -> None:
-    """Show test digits in TensorBoard's projector by the activations that the last layer gets."""
-    read = predictions[:DIGITS]
-    images, true = data.test[0][: len(read)].float() / 255, data.test[1][: len(read)]
+def add_to_projector(trainer: Any, network: nn.Module, data: Any, predictions: Tensor) -> None:
+    """Show test digits in TensorBoard's projector, by the activations of the last hidden layer."""
+    predicted = predictions[:DIGITS]
+    images, true = data.test[0][: len(predicted)].float() / 255, data.test[1][: len(predicted)]
     try:
-        found = Trace(network, images).layers
-        points = found[max(index for index, layer in enumerate(found) if layer.weights) - 1].outputs.detach().flatten(1)
-        labels, pictures = torch.stack([true, read], 1).tolist(), 1 - images.view(-1, 1, SIDE, SIDE)
+        layers = Trace(network, images).layers
+        last = max(index for index, layer in enumerate(layers) if layer.weights)
+        points = layers[last - 1].outputs.detach().flatten(1)
+        labels, pictures = torch.stack([true, predicted], 1).tolist(), 1 - images.view(-1, 1, SIDE, SIDE)
         for logger in trainer.loggers:
             if add := getattr(logger.experiment, "add_embedding", None):
-                add(points, labels, pictures, trainer.global_step, "hidden", ["digit", "read"])
+                add(points, labels, pictures, trainer.global_step, "hidden", ["digit", "predicted"])
     except Exception as error:  # as above
         say(f"Nothing in the projector: {error}".partition("\n")[0])
