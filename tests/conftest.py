@@ -166,7 +166,6 @@ def leave_figures_blank(replace: Callable[..., None]) -> None:
         (plots, "digit_grid"),
         (plots, "confusion_matrix"),
         (plots, "training_curves"),
-        (network_figures, "draw_layers"),
         (network_figures, "draw_weights"),
     ):
         replace(module, name, lambda *_: Figure())

@@ -263,7 +263,7 @@ def test_the_readme_takes_ten_minutes() -> None:
 
 # Files that a run, a reader or another machine has, and this project does not.
 ELSEWHERE = {"config.yaml", "results.json", "unfinished.json", "predictions.csv", "demo.html", "mine.py"}
-ELSEWHERE |= {"best.ckpt", "last.ckpt", "network.png", "weights.png", "attributions.png"}
+ELSEWHERE |= {"best.ckpt", "last.ckpt", "weights.png", "attributions.png"}
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)

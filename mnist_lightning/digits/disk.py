@@ -9,16 +9,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-WAIT_IN_SILENCE = 5.0  # seconds
-RENAME_TIMEOUT = 5.0  # seconds
+# In seconds.
+WAIT_IN_SILENCE, RENAME_TIMEOUT = 5.0, 5.0
 
 
 def check_directory(path: Path) -> None:
-    """Say what keeps a directory from being there or being made.
-
-    Raises:
-        OSError: The path leads through a link that leads nowhere, or through a file.
-    """
+    """Raise an `OSError` that names the broken link, or the file, that keeps a directory from being there."""
     for place in (*reversed(path.parents), path):
         if place.is_symlink() and not place.exists():
             raise OSError(errno.ENOENT, f"a link to {place.readlink()}, which does not exist", str(place))
@@ -26,16 +22,11 @@ def check_directory(path: Path) -> None:
             raise OSError(errno.ENOTDIR, "a file, not a directory", str(place))
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory, with those above it, that is not there yet; or raise as `check_directory` does."""
-    check_directory(path)
-    path.mkdir(parents=True, exist_ok=True)
-
-
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Let one process at a time, of all machines that share a directory, do something there; make the directory."""
-    make_directory(directory)
+    check_directory(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / ".lock")
     with contextlib.suppress(OSError, NotImplementedError):  # where nothing can be locked, or written, go on without
         try:

@@ -1,4 +1,4 @@
-"""The data's files: download MNIST, verify it, make its stand-in where there is no network, or take the user's own."""
+"""The data's files: MNIST, downloaded and verified; synthetic digits where there is no network; or the user's own."""
 
 import errno
 import itertools
@@ -39,11 +39,11 @@ def get(dataset: Dataset, root: Path) -> Path:
     """Have whole and verified files on disk; return the directory that they lie in.
 
     Args:
-        dataset: `mnist` downloads what is missing or damaged. `synthetic` makes the stand-in once. `auto` is `mnist`,
-            or `synthetic` with a warning where nothing of MNIST is on disk and it cannot be downloaded. `files` are the
-            user's own, under MNIST's names; gzipped ones are unpacked.
-        root: Where MNIST lies in `MNIST/raw/`, as `torchvision.datasets.MNIST` has it, or directly, and the stand-in in
-            `synthetic/raw/`.
+        dataset: `mnist` downloads what is missing or damaged. `synthetic` draws synthetic digits, once. `auto` is
+            `mnist`, or `synthetic` with a warning where nothing of MNIST is on disk and it cannot be downloaded.
+            `files` are the user's own, under MNIST's names.
+        root: Where MNIST lies in `MNIST/raw/`, as `torchvision.datasets.MNIST` has it, or directly, and synthetic
+            digits in `synthetic/raw/`.
 
     Raises:
         DataError: The files are damaged or missing and cannot be fetched, or the directory cannot be written.
@@ -56,24 +56,21 @@ def get(dataset: Dataset, root: Path) -> Path:
                 if dataset == "mnist":
                     raise
                 _warn_of_stand_in(error)
-        raw = find("synthetic", root)
-        if not synthetic.is_complete(raw):  # else it may lie where nothing can be written
-            _make_synthetic(raw)
-        return raw
+        return _get_synthetic(root)
     except OSError as error:
         cause = f"{error.filename or root}: {error.strerror or error}"
         raise DataError(f"{cause}; mend that or give another --data.root") from error
 
 
 def find(dataset: Dataset, root: Path) -> Path:
-    """The directory of the files that `get` had: MNIST's, the user's, or the stand-in's where `auto` found no MNIST.
+    """The directory of the files that `get` had: MNIST's, the user's, or synthetic digits where `auto` found no MNIST.
 
     Of `root` and `MNIST/raw/` it is the one that holds most of the four files.
     """
     places = [root / "MNIST" / "raw", root]
     raw = min(reversed(places) if _are_own(dataset) else places, key=lambda place: len(idx.missing(place)))
-    stands_in = dataset == "synthetic" or (dataset == "auto" and idx.missing(raw))
-    return root / "synthetic" / "raw" if stands_in else raw
+    is_synthetic = dataset == "synthetic" or (dataset == "auto" and idx.missing(raw))
+    return root / "synthetic" / "raw" if is_synthetic else raw
 
 
 def describe(dataset: str, root: Path, raw: Path) -> dict[str, str]:
@@ -99,10 +96,9 @@ def _get_files(root: Path) -> Path:
         disk.check_directory(root / "MNIST" / "raw")
         raise DataError(
             f"{raw / missing[0]} is missing; expected {', '.join(idx.NAMES)} in {root} or {root / 'MNIST' / 'raw'}, "
-            f"also gzipped or as train-images.idx3-ubyte and so on; found there: {idx.similar_files(root)}"
+            "also gzipped or as train-images.idx3-ubyte and so on"
         )
-    idx.unpack(raw)
-    for file in ("train", "t10k"):
+    for file in idx.FILES:
         idx.load(raw, file)
     return raw
 
@@ -110,12 +106,10 @@ def _get_files(root: Path) -> Path:
 def _get_mnist(root: Path) -> Path:
     raw = find("mnist", root)
     if _wrong_files(raw):  # else it may lie where nothing can be written
-        with disk.locked(root):  # of several processes that start at once, one downloads
-            raw = find("mnist", root)
+        with disk.locked(raw):  # of several processes that start at once, one downloads
             if names := _wrong_files(raw):
-                _refuse_own_files(raw)
-                _replace_files(names, raw, root)
-    idx.unpack(raw)
+                _refuse_own_files(names, raw)
+                _replace_files(names, raw)
     return raw
 
 
@@ -127,9 +121,8 @@ def _is_mnist(path: Path, name: str) -> bool:
     return idx.md5_sum(path) == MNIST_MD5[name]
 
 
-def _replace_files(names: list[str], raw: Path, root: Path) -> None:
+def _replace_files(names: list[str], raw: Path) -> None:
     nothing_is_there = len(idx.missing(raw)) == len(idx.NAMES)
-    disk.make_directory(raw)
     # Everything is made in a directory of its own and moved when it is whole: a killed download leaves nothing that
     # could be taken for MNIST.
     with TemporaryDirectory(dir=raw, prefix=".download-", ignore_cleanup_errors=True) as directory:
@@ -139,11 +132,9 @@ def _replace_files(names: list[str], raw: Path, root: Path) -> None:
                 Path(directory, name).write_bytes(idx.read_bytes(packed).data)
             elif failure := _download(name, directory):
                 path = idx.locate(raw, name)
-                fault = f"{path} is {'damaged' if path.is_file() else 'missing'}, and the download failed: {failure}; "
-                if nothing_is_there:
-                    found = f"{', '.join(idx.NAMES)} there; found in {root}: {idx.similar_files(root)}"
-                    raise UnreachableError(f"{fault}go online, or put {found}")
-                raise DataError(f"{fault}go online, or put a good copy there")
+                fault = f"{path} is {'damaged' if path.is_file() else 'missing'}, and the download failed: {failure}"
+                error = UnreachableError if nothing_is_there else DataError
+                raise error(f"{fault}; go online, or put a good copy there")
         for name in names:
             if (path := raw / name).exists():  # it may be the user's
                 aside = next(aside for n in itertools.count(1) if not (aside := raw / f"{name}.aside{n}").exists())
@@ -175,41 +166,45 @@ def _download(name: str, directory: str) -> str:
     return ", ".join(failures)
 
 
-def _refuse_own_files(raw: Path) -> None:
+def _refuse_own_files(names: list[str], raw: Path) -> None:
     """Tell somebody's own files, a whole pair of them, from damaged ones."""
-    for file in ("train", "t10k"):
-        pair = [name for name in MNIST_MD5 if name.startswith(file)]
-        if not any(_is_mnist(idx.locate(raw, name), name) for name in pair):
-            try:
-                images, _ = idx.load(raw, file)
-            except (DataError, OSError):
-                continue
+    for file in idx.FILES:
+        images, labels = (name for name in MNIST_MD5 if name.startswith(file))
+        if images in names and labels in names and _is_whole(raw, file):
             raise DataError(
-                f"{idx.locate(raw, pair[0])} holds {len(images):,} images that are not MNIST's; to train on them, give "
-                "--data.dataset files; to get MNIST, move the files away or give another --data.root"
+                f"{idx.locate(raw, images)} holds images that are not MNIST's; to train on them, give --data.dataset "
+                "files; to get MNIST, move the files away or give another --data.root"
             )
 
 
-def _make_synthetic(raw: Path) -> None:
-    # Aside and then moved, as above: some file systems have no locks.
-    with disk.locked(raw), TemporaryDirectory(dir=raw, prefix=".make-") as directory:
-        if not synthetic.is_complete(raw):
-            synthetic.make(Path(directory))
-            for path in Path(directory).iterdir():
-                disk.replace(path, raw / path.name)
+def _is_whole(raw: Path, file: Literal["train", "t10k"]) -> bool:
+    try:
+        idx.load(raw, file)
+    except (DataError, OSError):
+        return False
+    return True
+
+
+def _get_synthetic(root: Path) -> Path:
+    raw = find("synthetic", root)
+    if not all(_is_whole(raw, file) for file in idx.FILES):  # else it may lie where nothing can be written
+        # Aside and then moved, as above: some file systems have no locks.
+        with disk.locked(raw), TemporaryDirectory(dir=raw, prefix=".make-") as directory:
+            if not all(_is_whole(raw, file) for file in idx.FILES):
+                synthetic.make(Path(directory))
+                for path in Path(directory).iterdir():
+                    disk.replace(path, raw / path.name)
+    return raw
 
 
 def _warn_of_stand_in(error: UnreachableError) -> None:
     from rich.console import Console
     from rich.panel import Panel
 
-    Console(stderr=True).print(
-        Panel(
-            f"{error}\n\n"
-            "Training on digits made on this machine instead. [bold]Results on them are not MNIST results.[/bold]\n\n"
-            "To get MNIST, go online and run [bold]python -m mnist_lightning data --data.dataset mnist[/bold], or copy "
-            "its four files to MNIST/raw/ under --data.root.",
-            title="[bold]NOT MNIST[/bold]",
-            border_style="bold red",
-        )
+    text = (
+        f"{error}\n\n"
+        "Training on synthetic digits instead, a stand-in. [bold]Results on them are not MNIST results.[/bold]\n\n"
+        "To get MNIST, go online and run [bold]python -m mnist_lightning data --data.dataset mnist[/bold], or copy its "
+        "four files to MNIST/raw/ under --data.root."
     )
+    Console(stderr=True).print(Panel(text, title="[bold]NOT MNIST[/bold]", border_style="bold red"))

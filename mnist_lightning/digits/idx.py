@@ -1,28 +1,22 @@
 """IDX files, MNIST's format: found under the names that people give them, checked, and mapped into memory."""
 
-import errno
 import gzip
 import hashlib
-import io
 import math
-import re
-import shutil
 import struct
-import sys
 import zlib
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mnist_lightning.digits import disk
 from mnist_lightning.model import CLASSES, SIDE
 
-NAMES = [f"{file}-{content}-ubyte" for file in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
+FILES: tuple[Literal["train"], Literal["t10k"]] = ("train", "t10k")
+NAMES = [f"{file}-{content}-ubyte" for file in FILES for content in ("images-idx3", "labels-idx1")]
 
 
 class DataError(RuntimeError):
@@ -44,44 +38,10 @@ def missing(raw: Path) -> list[str]:
     return [name for name in NAMES if not locate(raw, name).is_file()]
 
 
-def similar_files(root: Path) -> str:
-    """Up to six files in or below a directory that look like MNIST in another form, for an error message."""
-    paths = (path for depth in ("*", "*/*", "*/*/*") for path in root.glob(depth) if path.is_file())
-    names = sorted(path.relative_to(root).as_posix() for path in paths)
-    of_data = re.compile(r"(?i)(mnist|idx|ubyte|\.(pt|npz|csv|parquet|pkl|mat|zip|tar)\b)")
-    names = [name for name in names if of_data.search(name) and not name.startswith(("synthetic/", "."))]
-    return ", ".join(names[:6]) + (f" and {len(names) - 6:,} more" if len(names) > 6 else "") or "none"
-
-
-def unpack(raw: Path) -> None:
-    """Unpack what is there only gzipped, beside it, once; in a folder that cannot be written, say that `load` does it.
-
-    Raises:
-        DataError: A gzipped file is damaged.
-        OSError: The disk is full.
-    """
-    packed = [path for path in (locate(raw, name) for name in NAMES) if path.suffix == ".gz"]
-    if not packed:
-        return
-    try:
-        # Aside and renamed: a file may be mapped by other processes, and one that is cut off must not be found.
-        with disk.locked(raw), TemporaryDirectory(dir=raw, prefix=".unpack-") as aside:
-            for path in packed:
-                if not path.with_suffix("").is_file():  # by another process meanwhile
-                    unpacked = Path(aside, path.stem)
-                    with unpacked.open("wb") as file:
-                        _unpack(path, file)
-                    disk.replace(unpacked, raw / path.stem)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        print(f"{raw} cannot be written: each process unpacks its files into memory", file=sys.stderr)
-
-
 def load(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
     """Read images, (N, 784) uint8, and labels, (N,) uint8, 0 to 9, of the training or the test file.
 
-    Both are the files themselves, mapped into memory and shared with other processes. Write to a copy of them.
+    Both are the files themselves, mapped into memory and shared with other processes, or what is in gzipped ones.
 
     Raises:
         DataError: A file is not of this form, or they do not fit each other; the message names the file and the place.
@@ -133,18 +93,16 @@ def _values(path: Path, *shape: int) -> Tensor:
 
 
 def read_bytes(path: Path) -> npt.NDArray[np.uint8]:
-    """A file's bytes, (N,): mapped into memory, or unpacked into it where the file is gzipped."""
-    if path.suffix == ".gz":
-        unpacked = io.BytesIO()
-        _unpack(path, unpacked)
-        return np.frombuffer(unpacked.getbuffer(), np.uint8)
-    # Copy-on-write: PyTorch has no read-only tensors, and no mistake may change the file.
-    return np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
+    """Return a file's bytes, (N,): mapped into memory, or unpacked into it where the file is gzipped.
 
-
-def _unpack(path: Path, file: IO[bytes]) -> None:
+    Raises:
+        DataError: A gzipped file is damaged.
+    """
+    if path.suffix != ".gz":
+        # Copy-on-write: PyTorch has no read-only tensors, and no mistake may change the file.
+        return np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
     try:
         with gzip.open(path) as packed:
-            shutil.copyfileobj(packed, file, 1 << 20)
+            return np.frombuffer(bytearray(packed.read()), np.uint8)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}") from error

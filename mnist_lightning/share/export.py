@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from mnist_lightning.digits import disk
 from mnist_lightning.model import MLP, PIXELS
 
 Format: TypeAlias = Literal["onnx", "safetensors"]
@@ -23,7 +24,7 @@ TOLERANCE = 1e-3
 
 
 class ExportError(RuntimeError):
-    """A library is missing, or the exported network does not read as PyTorch does; the message says what to do."""
+    """A library is missing, or the exported network gives other logits than PyTorch; the message says what to do."""
 
 
 def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained_on: str) -> tuple[Path, float]:
@@ -51,7 +52,7 @@ def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained
         difference = max((exported(part) - mlp(part)).abs().max().item() for part in (images, images[:1]))
         if not difference <= TOLERANCE:
             raise ExportError(f"{path} is not written: logits would differ from PyTorch's by up to {difference:.1e}")
-        aside.replace(path)
+        disk.replace(aside, path)
     except ModuleNotFoundError as error:
         raise ExportError(f'{error.name} is not installed; get it with: pip install -e ".[export]"') from error
     finally:

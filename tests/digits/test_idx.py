@@ -1,13 +1,11 @@
 """People's own files in MNIST's format, and MNIST's in other places and under other names."""
 
-import errno
 import gzip
 import json
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -32,15 +30,6 @@ def own(root: Path, tmp_path: Path) -> Path:
         (tmp_path / "kmnist").mkdir(exist_ok=True)
         shutil.copy(root / "synthetic/raw" / name, tmp_path / "kmnist")
     return tmp_path / "kmnist"
-
-
-def refuse_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be written."""
-
-    def refuse(dir: Path, **_: Any) -> TemporaryDirectory[str]:
-        raise OSError(errno.EROFS, "Read-only file system", str(dir))
-
-    monkeypatch.setattr(idx, "TemporaryDirectory", refuse)
 
 
 def move_to_raw(root: Path) -> None:
@@ -89,7 +78,7 @@ def test_own_files_are_named_in_the_console_the_figures_and_results(
         return Figure()
 
     monkeypatch.setattr(plots, "digit_grid", grid)
-    assert run_cli("fit", "--figures.network=false", *FILES, f"--data.root={own}", data=False) == 0
+    assert run_cli("fit", "--figures.interpretation=false", *FILES, f"--data.root={own}", data=False) == 0
     assert "Training on files in kmnist: 1,050 images, 200 for validation" in capsys.readouterr().out
     assert all(heading.startswith("files in kmnist\n") for heading in headings)
     assert len(headings) == 2
@@ -169,7 +158,7 @@ def one_less(path: Path) -> None:
         ),
         ("train-labels-idx1-ubyte", one_less, "has 1,249 labels, but .*train-images-idx3-ubyte 1,250 images"),
         ("t10k-labels-idx1-ubyte", lambda p: p.write_bytes(b""), "it begins with the bytes 00000000"),
-        ("t10k-labels-idx1-ubyte", lambda p: p.unlink(), "is missing; expected .*found there: .*t10k-images"),
+        ("t10k-labels-idx1-ubyte", lambda p: p.unlink(), "is missing; expected .*also gzipped"),
     ],
 )
 def test_what_is_wrong_is_named_by_file_and_place(
@@ -187,33 +176,13 @@ def test_more_validation_images_than_there_are_is_a_wrong_setting(
     assert "val_size must be 1 to 1,249 of the training file, not 1250" in capsys.readouterr().err
 
 
-def test_gzipped_files_are_unpacked_once_beside_themselves(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(own)
-    prepare("files", own)
-    assert {path.name for path in own.iterdir()} - {".lock"} == {*idx.NAMES, *(f"{name}.gz" for name in idx.NAMES)}
-    monkeypatch.setattr(gzip, "open", lambda path: pytest.fail("unpacks again"))
-    prepare("files", own)
-
-
-def test_where_nothing_can_be_written_gzipped_files_are_unpacked_into_memory(
-    own: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pack(own)
-    refuse_to_write(monkeypatch)
-    assert torch.equal(prepare("files", own).train[0], prepare("synthetic", root).train[0])
-    assert not (own / idx.NAMES[0]).exists()
-    assert capsys.readouterr().err == f"{own} cannot be written: each process unpacks its files into memory\n"
-
-
 @pytest.mark.parametrize("damage", [lambda c: c[:-9], lambda c: b"<html>", lambda c: c[:50] + b"\xff" * 9 + c[59:]])
-def test_a_damaged_gzipped_file_is_named_and_leaves_nothing(own: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_gzipped_file_is_named(own: Path, damage: Callable[[bytes], bytes]) -> None:
     pack(own)
     path = own / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is damaged: "):
         prepare("files", own)
-    assert not (own / "t10k-images-idx3-ubyte").exists()
-    assert not list(own.glob(".unpack*"))
 
 
 def test_images_are_the_file_itself_and_writing_to_them_does_not_change_it(root: Path) -> None:

@@ -64,50 +64,16 @@ def test_only_piecewise_linear_networks_are_said_to_add_up(
     assert (errors.median().item() < 1e-14) is is_linear
 
 
-def layers(network: nn.Module, images: Tensor) -> list[tuple[str, str, tuple[int, ...], list[int]]]:
-    found = interpretation.Trace(network, images).layers
-    return [(x.name, x.kind, tuple(x.outputs.shape[1:]), [weight.numel() for weight in x.weights]) for x in found]
-
-
-def test_finds_the_layers(mlp: MLP, images: Tensor) -> None:
-    assert layers(mlp, images) == [
-        ("", "pixels", (784,), []),
-        ("hidden", "Linear\nthen ReLU", (50,), [39200, 50]),
-        ("output", "Linear", (10,), [500, 10]),
-    ]
-    assert [row[:3] for row in layers(cnn(nn.ReLU(inplace=True)), images)] == [
-        ("", "pixels", (784,)),
-        ("", "Unflatten", (1, 28, 28)),
-        ("1", "Conv2d", (4, 24, 24)),
-        ("2", "batch_norm\nthen ReLU", (4, 24, 24)),
-        ("", "MaxPool2d", (4, 12, 12)),
-        ("5", "Conv2d\nthen ReLU", (8, 5, 5)),
-        ("", "Flatten", (200,)),
-        ("9", "Linear", (10,)),
-    ]
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(784, 20), nn.Linear(20, 20), nn.Linear(20, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = F.relu(self.first((images - 0.1307) / 0.3081))
-        logits: Tensor = self.last(hidden + F.relu(self.second(hidden)))
-        return logits
-
-
 @torch.no_grad()
 def test_finds_the_units_that_matter_most(mlp: MLP, images: Tensor) -> None:
-    units = interpretation.important_units(interpretation.Trace(mlp, images))
+    units = interpretation.important_units(mlp, images)
     assert units
     weights, digits = units
     importance = F.relu(mlp.hidden(images)).mean(0) * mlp.output.weight.norm(dim=0)
     order = importance.argsort(descending=True)[:40]
     torch.testing.assert_close(weights.flatten(1).float(), mlp.hidden.weight[order])
     assert torch.equal(digits, mlp.output.weight[:, order].argmax(0))
-    assert interpretation.important_units(interpretation.Trace(cnn(nn.ReLU()), images)) is None
+    assert interpretation.important_units(cnn(nn.ReLU()), images) is None
 
 
 def test_colours_ink_only(images: Tensor) -> None:

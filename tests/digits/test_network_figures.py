@@ -10,27 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import RunCLI, newest_run, prepare
 from PIL import Image
-from test_interpretation import Residual, cnn
+from test_interpretation import cnn
 from torch import Tensor, nn
 
 from mnist_lightning.digits import network_figures, plots
-from mnist_lightning.digits.interpretation import Trace
 from mnist_lightning.model import MLP
-
-
-@pytest.mark.figures
-def test_branches_are_not_drawn_as_a_chain() -> None:
-    mlp, images = MLP(50).eval(), torch.rand(60, 784)
-    assert not Trace(mlp, images).branches
-    trace = Trace(Residual(), images)
-    assert trace.branches
-    figure = network_figures.draw_layers(trace, "")
-    assert not figure.axes[0].collections
-    assert "branches" in figure.get_suptitle()
-    chain = network_figures.draw_layers(Trace(mlp, images), "")
-    assert len(chain.axes[0].collections) == 2
-    shown = [text.get_text() for text in chain.axes[0].texts]
-    assert {"(B, 784)", "(B, 50)\n39,250 parameters\nthen ReLU", "(B, 10)\n510 parameters"} < set(shown)
 
 
 def test_draws_what_it_can_and_says_the_rest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,11 +24,11 @@ def test_draws_what_it_can_and_says_the_rest(root: Path, capsys: pytest.CaptureF
     def draw(network: nn.Module, mistakes: Tensor = mistakes) -> set[str]:
         return set(network_figures.draw(network, data, predictions, mistakes))
 
-    assert draw(MLP(7).eval()) == {"network", "weights", "attributions"}
+    assert draw(MLP(7).eval()) == {"weights", "attributions"}
     assert capsys.readouterr().out == ""
-    assert draw(cnn(nn.GELU())) == {"network", "attributions"}
+    assert draw(cnn(nn.GELU())) == {"attributions"}
     assert capsys.readouterr().out.startswith("No figure weights.png: ")
-    assert draw(MLP(7).eval(), mistakes[:0]) == {"network", "weights"}
+    assert draw(MLP(7).eval(), mistakes[:0]) == {"weights"}
     assert capsys.readouterr().out == "No figure attributions.png: no digit was misclassified\n"
 
     class Single(nn.Linear):
@@ -79,7 +63,7 @@ def test_the_caption_says_whether_it_adds_up(
 
 def test_it_is_drawn_where_it_is_asked_for(run_cli: RunCLI, tmp_path: Path) -> None:
     settings = ["--trainer.max_epochs=1", "--model.hidden_dim=9"]
-    assert run_cli("fit", *settings, "--figures.network=false") == 0
+    assert run_cli("fit", *settings, "--figures.interpretation=false") == 0
     names = {path.stem for path in (newest_run(tmp_path) / "figures").iterdir()}
     assert names == {"correct", "misclassified", "confusion_matrix", "training_curves"}
     assert run_cli("fit", *settings, "--test_after_fit=false", "--figures.projector=true") == 0

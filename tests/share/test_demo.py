@@ -15,6 +15,7 @@ from conftest import prepare
 from PIL import Image
 
 from mnist_lightning.digits import interpretation, pictures, synthetic
+from mnist_lightning.digits.ink import Array
 from mnist_lightning.model import MLP
 from mnist_lightning.share import demo
 
@@ -107,7 +108,7 @@ def draw(page: "Page", strokes: Strokes) -> None:
         page.mouse.up()
 
 
-def ink_of(page: "Page") -> pictures.Array:
+def ink_of(page: "Page") -> Array:
     """(280, 280) from 0 to 1, as the network's picture is made of."""
     png = base64.b64decode(page.evaluate("inkCanvas.toDataURL()").partition(",")[2])
     return np.asarray(Image.open(io.BytesIO(png)).convert("L")) / 255
@@ -117,7 +118,7 @@ def count(page: "Page") -> int:
     return page.locator("#strokes path").count()
 
 
-def normalised(page: "Page", ink: pictures.Array) -> pictures.Array | None:
+def normalised(page: "Page", ink: Array) -> Array | None:
     """What `normalise` of the page makes of (H, W) ink."""
     height, width = ink.shape
     # As text, because Playwright takes a second for as long a list.
@@ -137,7 +138,7 @@ INKS += [np.ones((1, 1)), np.pad([[0.3]], 40), np.ones((50, 7))]
 
 
 @pytest.mark.parametrize("ink", INKS)
-def test_normalises_as_pictures_are(page: "Page", ink: pictures.Array) -> None:
+def test_normalises_as_pictures_are(page: "Page", ink: Array) -> None:
     expected, found = pictures.normalise(ink), normalised(page, ink)
     assert expected is not None
     assert found is not None
