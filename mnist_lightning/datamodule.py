@@ -11,13 +11,13 @@ EVAL_BATCH_SIZE = 1000  # the metrics do not depend on it, and larger is faster
 
 
 class MNISTDataModule(DeviceDataModule):
-    """A `LightningDataModule` of MNIST, or of stand-in digits made on this machine, split as in the tutorial.
+    """A `LightningDataModule` of MNIST, or of synthetic digits that stand in for it, split as in the tutorial.
 
     Validation is the first `val_size` images of the training file, in file order, and training the rest; the test file
     is the test split. A minibatch is a pair: images, (B, 784) float32 in [0, 1], and labels, (B,) int64.
 
     Args:
-        dataset: `mnist` downloads MNIST if it is not on disk. `synthetic` makes the stand-in digits once. `auto` is
+        dataset: `mnist` downloads MNIST if it is not on disk. `synthetic` draws synthetic digits, once. `auto` is
             `mnist`, or `synthetic` with a warning if MNIST is not on disk and cannot be downloaded. `files` takes your
             own files, in MNIST's format and under its names, from `root` or from `MNIST/raw` below it.
         root: Directory for the files, laid out as `torchvision.datasets.MNIST` does.

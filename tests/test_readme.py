@@ -168,7 +168,6 @@ def test_their_figures_are_drawn(
         "correct.png",
         "misclassified.png",
         "confusion_matrix.png",
-        "network.png",
     }
     assert len(headings) == 2
     assert all(heading.startswith("Fashion-MNIST\n") for heading in headings)
