@@ -40,11 +40,8 @@ def find_ink(picture: Image.Image) -> Array:
             return ink
         left, top, width, height = cv2.boundingRect((ink > 0).astype(np.uint8))
         margin = max(width, height) // 4 + 2
-        right, bottom = (
-            min(grey.width, (left + width + margin) * step),
-            min(grey.height, (top + height + margin) * step),
-        )
-        closer = grey.crop((max(0, left - margin) * step, max(0, top - margin) * step, right, bottom))
+        box = step * np.array((left - margin, top - margin, left + width + margin, top + height + margin))
+        closer = grey.crop(tuple(box.clip(0, 2 * grey.size).tolist()))
         if math.ceil(max(closer.size) / VIEW) == step:
             return ink
         grey = closer

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,19 +19,19 @@ def test_a_digit_of_mnist_stays_as_it_is(mnist_root: str) -> None:
     assert np.median([likeness(*pair) for pair in zip(seen, images, strict=True)]) > 0.99
 
 
-@pytest.mark.parametrize(("paper", "pen"), [(255, 0), (0, 255), (230, 150), (60, 110)])
-def test_dark_on_light_and_light_on_dark(paper: int, pen: int) -> None:
-    for digit in DIGITS:
-        ink = enlarge(digit, 140)
-        assert likeness(normalise(find_ink(Image.fromarray(on_paper(ink, paper, pen)))), normalise(ink)) > 0.97
-
-
 @pytest.mark.parametrize(
     ("paper", "pen"),
-    [((250, 240, 200), (20, 40, 160)), ((20, 60, 30), (240, 240, 210)), ((220, 40, 40), (40, 132, 60))],
-    ids=["ink on cream", "chalk on green", "green on equally bright red"],
+    [
+        (255, 0),
+        (0, 255),
+        (230, 150),
+        (60, 110),
+        ((250, 240, 200), (20, 40, 160)),  # ink on cream
+        ((20, 60, 30), (240, 240, 210)),  # chalk on green
+        ((220, 40, 40), (40, 132, 60)),  # green on equally bright red
+    ],
 )
-def test_colours(paper: tuple[int, ...], pen: tuple[int, ...]) -> None:
+def test_dark_on_light_and_light_on_dark(paper: Any, pen: Any) -> None:
     for digit in DIGITS:
         ink = enlarge(digit, 140)
         assert likeness(normalise(find_ink(Image.fromarray(on_paper(ink, paper, pen)))), normalise(ink)) > 0.97

@@ -205,12 +205,6 @@ def test_wrong_read_commands_are_refused(
     assert (tmp_path / "mine.png").read_bytes() == content
 
 
-@pytest.mark.parametrize("arguments", [["predict", "--ckpt_path=best"], ["data"]])
-def test_the_data_has_no_pictures(run_cli: RunCLI, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    assert run_cli(*arguments, "--data.images=[mine]") == 2
-    assert "there is no setting data.images" in capsys.readouterr().err
-
-
 def test_ten_thousand_paths_are_parsed_at_once(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
     start = time.process_time()
     assert run_cli("read", *(f"{index}.png" for index in range(10_000)), data=False) == 2
