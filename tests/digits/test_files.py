@@ -289,7 +289,7 @@ def test_a_disk_that_fills_is_an_error_with_its_cause(
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
         with pytest.raises(DataError, match="File too large; mend that"):
-            prepare("auto", tmp_path / "new")
+            prepare("mnist", tmp_path / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
