@@ -9,8 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# In seconds.
-WAIT_IN_SILENCE, RENAME_TIMEOUT = 5.0, 5.0
+WAIT_IN_SILENCE = RENAME_TIMEOUT = 5.0  # seconds
 
 
 def check_directory(path: Path) -> None:

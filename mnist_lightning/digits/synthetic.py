@@ -9,9 +9,10 @@ from torch import Generator, Tensor
 
 SIZES = {"train": 60_000, "t10k": 10_000}  # digits in the files of each of MNIST's two sets
 
-# The ways people write each digit: (digit, how common among its ways, path). All of it was written by hand and guessed;
-# nothing was computed from real digits. A path lists the points that the pen passes through in a smooth curve, "x,y" in
-# percent of the digit's height, y pointing down; "^" after a point makes it a sharp corner, and ";" lifts the pen.
+# The ways people write each digit: (digit, how common among its ways, path). The paths were written by hand and the
+# weights guessed; looking at real digits told which ways were missing, but nothing was computed from them. A path lists
+# the points that the pen passes through in a smooth curve, "x,y" in percent of the digit's height, y pointing down; "^"
+# after a point makes it a sharp corner, and ";" lifts the pen.
 GLYPHS: tuple[tuple[int, int, str], ...] = (
     (0, 2, "38,3 20,3 5,25 2,52 8,82 28,98 48,86 58,52 50,18 34,2"),
     (0, 1, "45,12 25,2 5,22 2,55 12,88 32,98 54,80 60,45 48,12 28,4 18,10"),
