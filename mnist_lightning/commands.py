@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -66,40 +67,41 @@ def read(arguments: list[str]) -> None:
     if not config.paths:
         raise UsageError("read: which pictures? Give files, folders or globs")
     with without_garbage_collector():
-        from rich.console import Console
-        from rich.progress import track
-
-        from mnist_lightning.digits import pictures, reading
+        from mnist_lightning.digits import picture_predictions
     try:
-        paths, left_out = reading.find(config.paths)
+        paths, left_out = picture_predictions.find_pictures(config.paths)
     except ValueError as error:
         raise UsageError(str(error)) from error
     for name in ("csv", "figure"):
         if Path(config[name]).resolve() in map(Path.resolve, paths):
             raise UsageError(f"{name}: {config[name]} is one of the pictures to read; give another --{name}")
     mlp, _ = _network(config.ckpt_path, config.runs)
-
     if left_out:
         print(printable(f"Left out: {left_out}"), file=sys.stderr)
-    console = Console(stderr=True)
-    hidden = len(paths) < 100 or not console.is_terminal  # more take half a second: worth a progress bar
-    found = track(reading.preprocess_all(paths), "Reading pictures", len(paths), console=console, disable=hidden)
-    seen = {}
-    for file, result in zip(paths, found, strict=True):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken metadata, which no user can mend
+        _classify(mlp, paths, config.csv, config.figure)
+
+
+def _classify(mlp: "MLP", paths: list[Path], csv: str, figure: str) -> None:
+    from mnist_lightning.digits import picture_figure, picture_predictions, pictures
+
+    inputs = {}
+    for file, result in zip(paths, picture_predictions.preprocess_all(paths), strict=True):
         if isinstance(result, pictures.PictureError):
             print(printable(f"Skipped: {file} {result}"), file=sys.stderr)
         else:
-            seen[file] = result
-    probabilities, rows = reading.classify(mlp, seen)
-    say(reading.table(rows))
-    if len(rows) > reading.LISTED:
-        say(printable(f"and {len(rows) - reading.LISTED:,} more in {config.csv}"))
-    reading.write_csv(config.csv, rows)
-    say(printable(f"Predictions: {config.csv}"))
-    if seen:
-        reading.draw(config.figure, seen, probabilities, mlp)
-        say(printable(f"Figure: {config.figure}"))
-    if skipped := len(paths) - len(seen):
+            inputs[file] = result
+    probabilities, rows = picture_predictions.classify(mlp, inputs)
+    say(picture_predictions.table(rows))
+    if len(rows) > picture_predictions.LISTED:
+        say(printable(f"and {len(rows) - picture_predictions.LISTED:,} more in {csv}"))
+    picture_predictions.write_csv(csv, rows)
+    say(printable(f"Predictions: {csv}"))
+    if inputs:
+        picture_figure.draw(figure, inputs, probabilities, mlp)
+        say(printable(f"Figure: {figure}"))
+    if skipped := len(paths) - len(inputs):
         raise pictures.PictureError(f"{skipped:,} of {len(paths):,} files could not be read as pictures")
 
 
@@ -129,7 +131,7 @@ def export_network(arguments: list[str]) -> None:
         from mnist_lightning.digits import files, idx
         from mnist_lightning.share.export import Format, export
     parser.add_argument("--format", type=Format, required=True, help=f"One of {', '.join(get_args(Format))}")
-    parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx, .pt or .safetensors")
+    parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx or mnist.safetensors")
     config = parser.parse_args(arguments)
     mlp, trained_on = _network(config.ckpt_path, config.runs)
     images, _ = idx.load(files.get(config.data.dataset, Path(config.data.root)), "t10k")

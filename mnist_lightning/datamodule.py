@@ -89,7 +89,7 @@ class MNISTDataModule(DeviceDataModule):
 
     @property
     def dataset_name(self) -> str:
-        """`MNIST`, `stand-in digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
+        """`MNIST`, `synthetic digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
         return files.full_name(self.hparams["dataset"])
 
     @property

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from mnist_lightning.digits import inside_plots, plots
+from mnist_lightning.digits import network_figures, plots
 from mnist_lightning.engine.data import uniform_noise
 from mnist_lightning.engine.processes import gather_parts
 from mnist_lightning.engine.report import report, save_figures
@@ -22,17 +22,17 @@ class Figures(pl.Callback):
     Args:
         misclassified: Which nine of the misclassified digits to show: the first of the test file (`file_order`), or
             those that the network was most confident about (`confidence`).
-        inside: Draw the network's layers and weights, and why it misclassified digits.
+        interpretation: Draw weights of hidden units, and attributions of misclassified digits.
         projector: Show 1,000 test digits in TensorBoard's projector, by the activations of the last hidden layer.
     """
 
     def __init__(
         self,
         misclassified: Literal["file_order", "confidence"] = "file_order",
-        inside: bool = True,
+        interpretation: bool = True,
         projector: bool = False,
     ) -> None:
-        self.misclassified, self.inside, self.projector = misclassified, inside, projector
+        self.misclassified, self.interpretation, self.projector = misclassified, interpretation, projector
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw five training digits beside distorted copies, where there are distortions."""
@@ -55,7 +55,7 @@ class Figures(pl.Callback):
         self._logits.append(gather_parts(trainer, outputs))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw correct and misclassified digits, the confusion matrix, the curves, and the network."""
+        """Draw correct and misclassified digits, the confusion matrix, the curves, and what tells of the network."""
         logits = torch.cat(self._logits).cpu().float()
         if run_directory(trainer) is None:
             return
@@ -83,8 +83,8 @@ class Figures(pl.Callback):
         if history and history.train:
             train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (history.train, history.val))
             figures["training_curves"] = plots.training_curves(train, val, f"{data.dataset_name}: training curves")
-        if self.inside:
-            figures |= inside_plots.draw(pl_module, data, predictions, mistakes)
+        if self.interpretation:
+            figures |= network_figures.draw(pl_module, data, predictions, mistakes)
         save_figures(figures, trainer)
         if self.projector:
-            inside_plots.project(trainer, pl_module, data, predictions)
+            network_figures.add_to_projector(trainer, pl_module, data, predictions)

@@ -25,7 +25,7 @@ from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
 from mnist_lightning.datamodule import MNISTDataModule
-from mnist_lightning.digits import files, inside_plots, plots, synthetic
+from mnist_lightning.digits import files, network_figures, plots, synthetic
 from mnist_lightning.engine.cli import CLI
 from mnist_lightning.engine.tensorboard import RunLogger
 
@@ -116,7 +116,7 @@ def mnist_root() -> str:
 
 @pytest.fixture
 def data(root: Path) -> MNISTDataModule:
-    """The small stand-in digits."""
+    """The small synthetic digits."""
     return MNISTDataModule("synthetic", str(root), val_size=VAL_SIZE)
 
 
@@ -164,8 +164,7 @@ def leave_figures_blank(replace: Callable[..., None]) -> None:
         (plots, "digit_grid"),
         (plots, "confusion_matrix"),
         (plots, "training_curves"),
-        (inside_plots, "layers"),
-        (inside_plots, "weights"),
+        (network_figures, "draw_weights"),
     ):
         replace(module, name, lambda *_: Figure())
 

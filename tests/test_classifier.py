@@ -46,7 +46,7 @@ def test_what_one_edits_is_what_runs(edit: str, root: Path, tmp_path: Path, caps
 
 @pytest.fixture
 def data(data: MNISTDataModule) -> MNISTDataModule:
-    """The small stand-in digits, read."""
+    """The small synthetic digits, read."""
     data.prepare_data()
     data.setup("fit")
     return data

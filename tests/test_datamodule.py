@@ -24,7 +24,7 @@ def test_validation_is_the_beginning_of_the_training_file(root: Path) -> None:
     assert torch.equal(data.train[1], labels[VAL_SIZE:])
     assert data.test[0].shape == (SMALL["t10k"], 784)
     assert (data.train[0].min().item(), data.train[0].max().item()) == (0, 255)
-    assert data.dataset_name == "stand-in digits (not MNIST)"
+    assert data.dataset_name == "synthetic digits (not MNIST)"
 
 
 def read(root: Path, distortions: bool | Distortions = False) -> MNISTDataModule:

@@ -33,7 +33,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> Grids:
     def record(images: Tensor, titles: list[str], heading: str) -> Figure:
         (kind,) = (words for words in ("misclassified", "correct", "why it") if words in heading)
         drawn[kind] = images, titles
-        assert "stand-in digits (not MNIST)" in heading
+        assert "synthetic digits (not MNIST)" in heading
         return draw(images, titles, heading)
 
     monkeypatch.setattr(plots, "digit_grid", record)
@@ -63,7 +63,7 @@ def test_tensorboard_shows_the_files(run_cli: RunCLI, capsys: pytest.CaptureFixt
     distorted = ["--data.distortions.rotation=5", "--trainer.log_every_n_steps=5"]
     assert run_cli("fit", "--trainer.max_epochs=1", *distorted) == 0
     assert capsys.readouterr().err == ""
-    names = {"correct", "misclassified", "confusion_matrix", "training_curves", "network", "weights", "why"}
+    names = {"correct", "misclassified", "confusion_matrix", "training_curves", "network", "weights", "attributions"}
     logged, names = events(RUN), names | {"distortions"}
     assert set(logged.Tags()["images"]) == {f"figures/{name}" for name in names}
     assert {path.name for path in (RUN / "figures").iterdir()} == {f"{name}.png" for name in names}

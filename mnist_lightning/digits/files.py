@@ -1,18 +1,22 @@
-"""The data's files: download MNIST, verify it, make its stand-in where there is no network, or take the user's own."""
+"""The data's files: MNIST, downloaded and verified; synthetic digits where there is no network; or the user's own."""
 
+import errno
 import itertools
-import shutil
+import socket
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, TypeAlias
 
-from mnist_lightning.digits import download, idx, synthetic
+from mnist_lightning.digits import disk, idx, synthetic
 from mnist_lightning.digits.idx import DataError
+from mnist_lightning.engine.checkpoint_file import replace
 
 Dataset: TypeAlias = Literal["auto", "mnist", "synthetic", "files"]
 
-NAMES = {"mnist": "MNIST", "synthetic": "stand-in digits (not MNIST)"}
+NAMES = {"mnist": "MNIST", "synthetic": "synthetic digits (not MNIST)"}
+
+MIRROR_TIMEOUT = 10.0  # seconds; a mirror that sends nothing for so long is given up
 
 # MD5 sums of the unpacked files; torchvision knows those of the gzipped ones.
 MNIST_MD5 = {
@@ -24,7 +28,7 @@ MNIST_MD5 = {
 
 
 def full_name(dataset: str) -> str:
-    """A data set's name as people read it: `MNIST`, `stand-in digits (not MNIST)`, or another one's as it is."""
+    """A data set's name as people read it: `MNIST`, `synthetic digits (not MNIST)`, or another one's as it is."""
     return NAMES.get(dataset, dataset)
 
 
@@ -36,43 +40,38 @@ def get(dataset: Dataset, root: Path) -> Path:
     """Have whole and verified files on disk; return the directory that they lie in.
 
     Args:
-        dataset: `mnist` downloads what is missing or damaged. `synthetic` makes the stand-in once. `auto` is `mnist`,
-            or `synthetic` with a warning where nothing of MNIST is on disk and it cannot be downloaded. `files` are the
-            user's own, under MNIST's names; gzipped ones are unpacked.
-        root: Where MNIST lies in `MNIST/raw/`, as `torchvision.datasets.MNIST` has it, or directly, and the stand-in in
-            `synthetic/raw/`.
+        dataset: `mnist` downloads what is missing or damaged. `synthetic` draws synthetic digits, once. `auto` is
+            `mnist`, or `synthetic` with a warning where nothing of MNIST is on disk and it cannot be downloaded.
+            `files` are the user's own, under MNIST's names.
+        root: Where MNIST lies in `MNIST/raw/`, as `torchvision.datasets.MNIST` has it, or directly, and synthetic
+            digits in `synthetic/raw/`.
 
     Raises:
         DataError: The files are damaged or missing and cannot be fetched, or the directory cannot be written.
     """
     try:
-        if _are_own(dataset):
-            return _get_files(root)
         if dataset != "synthetic":
             try:
-                return _get_mnist(root)
+                return _get_files(root) if _are_own(dataset) else _get_mnist(root)
             except UnreachableError as error:
                 if dataset == "mnist":
                     raise
                 _warn_of_stand_in(error)
-        raw = find("synthetic", root)
-        if not synthetic.is_complete(raw):  # else it may lie where nothing can be written
-            _make_synthetic(raw, root)
-        return raw
+        return _get_synthetic(root)
     except OSError as error:
         cause = f"{error.filename or root}: {error.strerror or error}"
         raise DataError(f"{cause}; mend that or give another --data.root") from error
 
 
 def find(dataset: Dataset, root: Path) -> Path:
-    """The directory of the files that `get` had: MNIST's, the user's, or the stand-in's where `auto` found no MNIST.
+    """The directory of the files that `get` had: MNIST's, the user's, or synthetic digits where `auto` found no MNIST.
 
     Of `root` and `MNIST/raw/` it is the one that holds most of the four files.
     """
     places = [root / "MNIST" / "raw", root]
     raw = min(reversed(places) if _are_own(dataset) else places, key=lambda place: len(idx.missing(place)))
-    stands_in = dataset == "synthetic" or (dataset == "auto" and idx.missing(raw))
-    return root / "synthetic" / "raw" if stands_in else raw
+    is_synthetic = dataset == "synthetic" or (dataset == "auto" and idx.missing(raw))
+    return root / "synthetic" / "raw" if is_synthetic else raw
 
 
 def describe(dataset: str, root: Path, raw: Path) -> dict[str, str]:
@@ -95,105 +94,118 @@ def _are_own(dataset: str) -> bool:
 def _get_files(root: Path) -> Path:
     raw = find("files", root)
     if missing := idx.missing(raw):
+        disk.check_directory(root / "MNIST" / "raw")
         raise DataError(
             f"{raw / missing[0]} is missing; expected {', '.join(idx.NAMES)} in {root} or {root / 'MNIST' / 'raw'}, "
-            f"also gzipped or as train-images.idx3-ubyte and so on; found there: {idx.found(root)}"
+            "also gzipped or as train-images.idx3-ubyte and so on"
         )
-    idx.unpack(raw)
-    for file in ("train", "t10k"):
+    for file in idx.FILES:
         idx.load(raw, file)
     return raw
 
 
 def _get_mnist(root: Path) -> Path:
-    if not _bad(raw := find("mnist", root)):
-        return raw
-    with idx.alone(root):  # of several processes that start at once, one downloads
-        raw = find("mnist", root)
-        if bad := _bad(raw):
-            _mend(raw, bad, root)
+    raw = find("mnist", root)
+    if _wrong_files(raw):  # else it may lie where nothing can be written
+        with disk.locked(raw):  # of several processes that start at once, one downloads
+            if names := _wrong_files(raw):
+                _refuse_own_files(names, raw)
+                _replace_files(names, raw)
     return raw
 
 
-def _bad(raw: Path) -> list[str]:
-    return [name for name in MNIST_MD5 if not _is_mnist(raw, name) or idx.locate(raw, name).suffix == ".gz"]
+def _wrong_files(raw: Path) -> list[str]:
+    return [name for name in MNIST_MD5 if not _is_mnist(idx.locate(raw, name), name)]
 
 
-def _mend(raw: Path, bad: list[str], root: Path) -> None:
-    _refuse_own(raw)
-    present = [path for name in MNIST_MD5 for path in idx.forms(raw, name) if path.is_file()]
-    raw.mkdir(parents=True, exist_ok=True)
+def _is_mnist(path: Path, name: str) -> bool:
+    return idx.md5_sum(path) == MNIST_MD5[name]
+
+
+def _replace_files(names: list[str], raw: Path) -> None:
+    nothing_is_there = len(idx.missing(raw)) == len(idx.NAMES)
     # Everything is made in a directory of its own and moved when it is whole: a killed download leaves nothing that
     # could be taken for MNIST.
-    with TemporaryDirectory(dir=root, prefix=".download-", ignore_cleanup_errors=True) as directory:
-        for name in bad:
-            for packed in idx.forms(raw, name)[2:]:
-                if packed.is_file():
-                    shutil.copy(packed, Path(directory, f"{name}.gz"))
-        failure = download.fetch(bad, directory)
-        for name in bad:
-            if synthetic.md5_sum(Path(directory, name)) != MNIST_MD5[name]:
-                if not present:
-                    raise UnreachableError(
-                        f"{raw}: MNIST is not there, and the download failed: {failure}; expected "
-                        f"{', '.join(MNIST_MD5)}, found in {root}: {idx.found(root)}"
-                    )
-                # Of the two forms of a file the gzipped one is at fault where both are there: it mends the other.
-                culprit = next((path for path in reversed(idx.forms(raw, name)) if path in present), None)
-                state = f"{culprit} is damaged" if culprit else f"{raw / name} is missing"
-                raise DataError(f"{state}, and the download failed: {failure}; go online, or put a good copy there")
-        for name in bad:
+    with TemporaryDirectory(dir=raw, prefix=".download-", ignore_cleanup_errors=True) as directory:
+        for name in names:
+            packed = next((path for path in idx.candidates(raw, name) if _is_mnist(path, name)), None)
+            if packed:  # and what was unpacked from it is damaged
+                Path(directory, name).write_bytes(idx.read_bytes(packed).data)
+            elif failure := _download(name, directory):
+                path = idx.locate(raw, name)
+                fault = f"{path} is {'damaged' if path.is_file() else 'missing'}, and the download failed: {failure}"
+                error = UnreachableError if nothing_is_there else DataError
+                raise error(f"{fault}; go online, or put a good copy there")
+        for name in names:
             if (path := raw / name).exists():  # it may be the user's
                 aside = next(aside for n in itertools.count(1) if not (aside := raw / f"{name}.aside{n}").exists())
-                path.rename(aside)
+                replace(path, aside)
                 print(f"{path} was not MNIST's file, and is kept as {aside.name}", file=sys.stderr)
-            Path(directory, name).replace(path)
+            replace(Path(directory, name), path)
 
 
-def _is_mnist(raw: Path, name: str) -> bool:
-    path, md5 = idx.locate(raw, name), MNIST_MD5[name]
-    if path.suffix == ".gz":
-        from torchvision.datasets import MNIST  # takes a second
+def _download(name: str, directory: str) -> str:
+    """Fetch a file of MNIST's and unpack it; return what went wrong with each mirror, or ""."""
+    from torchvision.datasets import MNIST  # takes a second, and mostly nothing is to be downloaded
+    from torchvision.datasets.utils import download_and_extract_archive
 
-        md5 = dict(MNIST.resources)[path.name.replace(".idx", "-idx")]
-    return synthetic.md5_sum(path) == md5
-
-
-def _refuse_own(raw: Path) -> None:
-    """Tell somebody's own files, a whole pair of them, from damaged ones."""
-    for file in ("train", "t10k"):
-        pair = [name for name in MNIST_MD5 if name.startswith(file)]
-        if not any(_is_mnist(raw, name) for name in pair):
+    failures = []
+    default = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(MIRROR_TIMEOUT)  # torchvision sets none
+    try:
+        for mirror in MNIST.mirrors:
+            url = f"{mirror}{name}.gz"
             try:
-                images, _ = idx.load(raw, file)
-            except (DataError, OSError):
-                continue
+                download_and_extract_archive(url, directory, md5=dict(MNIST.resources)[f"{name}.gz"])
+                return ""
+            except Exception as error:  # whatever a mirror may answer
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                failures.append(f"{url}: {' '.join(str(error).split()) or type(error).__name__}")
+    finally:
+        socket.setdefaulttimeout(default)
+    return ", ".join(failures)
+
+
+def _refuse_own_files(names: list[str], raw: Path) -> None:
+    """Tell somebody's own files, a whole pair of them, from damaged ones."""
+    for file in idx.FILES:
+        images, labels = (name for name in MNIST_MD5 if name.startswith(file))
+        if images in names and labels in names and _is_whole(raw, file):
             raise DataError(
-                f"{idx.locate(raw, pair[0])} holds {len(images):,} images that are not MNIST's; to train on them, give "
-                "--data.dataset files; to get MNIST, move the files away or give another --data.root"
+                f"{idx.locate(raw, images)} holds images that are not MNIST's; to train on them, give --data.dataset "
+                "files; to get MNIST, move the files away or give another --data.root"
             )
 
 
-def _make_synthetic(raw: Path, root: Path) -> None:
-    # Aside and then moved, as above: some file systems have no locks.
-    with idx.alone(raw), TemporaryDirectory(dir=root, prefix=".make-") as directory:
-        if not synthetic.is_complete(raw):
-            synthetic.make(Path(directory))
-            for path in Path(directory).iterdir():
-                path.replace(raw / path.name)
+def _is_whole(raw: Path, file: Literal["train", "t10k"]) -> bool:
+    try:
+        idx.load(raw, file)
+    except (DataError, OSError):
+        return False
+    return True
+
+
+def _get_synthetic(root: Path) -> Path:
+    raw = find("synthetic", root)
+    if not all(_is_whole(raw, file) for file in idx.FILES):  # else it may lie where nothing can be written
+        # Aside and then moved, as above: some file systems have no locks.
+        with disk.locked(raw), TemporaryDirectory(dir=raw, prefix=".make-") as directory:
+            if not all(_is_whole(raw, file) for file in idx.FILES):
+                synthetic.make(Path(directory))
+                for path in Path(directory).iterdir():
+                    replace(path, raw / path.name)
+    return raw
 
 
 def _warn_of_stand_in(error: UnreachableError) -> None:
     from rich.console import Console
     from rich.panel import Panel
 
-    Console(stderr=True).print(
-        Panel(
-            f"{error}\n\n"
-            "Training on digits made on this machine instead. [bold]Results on them are not MNIST results.[/bold]\n\n"
-            "To get MNIST, go online and run [bold]python -m mnist_lightning data --data.dataset mnist[/bold], or copy "
-            "its four files to MNIST/raw/ under --data.root.",
-            title="[bold]NOT MNIST[/bold]",
-            border_style="bold red",
-        )
+    text = (
+        f"{error}\n\n"
+        "Training on synthetic digits instead. [bold]Results on them are not MNIST results.[/bold]\n\n"
+        "To get MNIST, go online and run [bold]python -m mnist_lightning data --data.dataset mnist[/bold], or copy its "
+        "four files to MNIST/raw/ under --data.root."
     )
+    Console(stderr=True).print(Panel(text, title="[bold]NOT MNIST[/bold]", border_style="bold red"))

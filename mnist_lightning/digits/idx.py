@@ -1,44 +1,37 @@
 """IDX files, MNIST's format: found under the names that people give them, checked, and mapped into memory."""
 
-import contextlib
-import errno
 import gzip
-import io
+import hashlib
 import math
-import os
-import re
-import shutil
 import struct
-import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from mnist_lightning.engine.console import JobError
 from mnist_lightning.model import CLASSES, SIDE
 
-NAMES = [f"{file}-{content}-ubyte" for file in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
+FILES: tuple[Literal["train"], Literal["t10k"]] = ("train", "t10k")
+NAMES = [f"{file}-{content}-ubyte" for file in FILES for content in ("images-idx3", "labels-idx1")]
 
 
 class DataError(JobError):
     """Files that are damaged, missing or cannot be written; the message names them and says what to do."""
 
 
-def forms(raw: Path, name: str) -> list[Path]:
+def candidates(raw: Path, name: str) -> list[Path]:
     """The paths at which a file of MNIST may lie: as `train-images.idx3-ubyte`, too; first plain ones, then gzipped."""
     return [raw / f"{form}{end}" for end in ("", ".gz") for form in (name, name.replace("-idx", ".idx"))]
 
 
 def locate(raw: Path, name: str) -> Path:
-    """The first of its `forms` that is there, or `raw / name` where none is."""
-    return next((path for path in forms(raw, name) if path.is_file()), raw / name)
+    """The first of its `candidates` that is there, or `raw / name` where none is."""
+    return next((path for path in candidates(raw, name) if path.is_file()), raw / name)
 
 
 def missing(raw: Path) -> list[str]:
@@ -46,40 +39,10 @@ def missing(raw: Path) -> list[str]:
     return [name for name in NAMES if not locate(raw, name).is_file()]
 
 
-def found(root: Path) -> str:
-    """Up to six files in or below a directory that look like MNIST in another form, for an error message."""
-    paths = (path for depth in ("*", "*/*", "*/*/*") for path in root.glob(depth) if path.is_file())
-    names = sorted(path.relative_to(root).as_posix() for path in paths)
-    of_data = re.compile(r"(?i)(mnist|idx|ubyte|\.(pt|npz|csv|parquet|pkl|mat|zip|tar)\b)")
-    names = [name for name in names if of_data.search(name) and not name.startswith(("synthetic/", "."))]
-    return ", ".join(names[:6]) + (f" and {len(names) - 6:,} more" if len(names) > 6 else "") or "none"
-
-
-@contextlib.contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Let one process at a time, of all machines that share a directory, do something there; others wait."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / ".lock"):
-        yield
-
-
-def unpack(raw: Path) -> None:
-    """Unpack what is there only gzipped, beside it, once; in a folder that cannot be written, say that `load` does it.
-
-    Raises:
-        DataError: A gzipped file is damaged.
-        OSError: The disk is full.
-    """
-    for path in (locate(raw, name) for name in NAMES):
-        if path.suffix == ".gz":
-            with alone(raw):
-                _unpack_beside(path)
-
-
 def load(raw: Path, file: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
     """Read images, (N, 784) uint8, and labels, (N,) uint8, 0 to 9, of the training or the test file.
 
-    Both are the files themselves, mapped into memory and shared with other processes. Write to a copy of them.
+    Both are the files themselves, mapped into memory and shared with other processes, or what is in gzipped ones.
 
     Raises:
         DataError: A file is not of this form, or they do not fit each other; the message names the file and the place.
@@ -104,15 +67,17 @@ def fingerprint(raw: Path) -> str:
     return f"{len(train):,} and {len(test):,} images, labels {checksum:08x}"
 
 
+def md5_sum(path: Path) -> str | None:
+    """The MD5 sum of a file, of a gzipped one of what it holds, in hexadecimal; None if it is damaged or missing."""
+    try:
+        return hashlib.md5(read_bytes(path).data, usedforsecurity=False).hexdigest() if path.is_file() else None
+    except DataError:
+        return None
+
+
 def _values(path: Path, *shape: int) -> Tensor:
     """The values of an IDX file of bytes, (N, *shape) uint8."""
-    if path.suffix == ".gz":
-        unpacked = io.BytesIO()
-        _unpack(path, unpacked)
-        content = np.frombuffer(unpacked.getbuffer(), np.uint8)
-    else:
-        # Copy-on-write: PyTorch has no read-only tensors, and no mistake may change the file.
-        content = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
+    content = read_bytes(path)
     header = struct.Struct(f">{2 + len(shape)}I")
     magic, count, *sides = header.unpack(content[: header.size].tobytes().ljust(header.size, b"\0"))
     size = header.size + count * math.prod(shape)
@@ -128,28 +93,17 @@ def _values(path: Path, *shape: int) -> Tensor:
     raise DataError(f"{path} is damaged or of another kind: {fault}")
 
 
-def _unpack_beside(path: Path) -> None:
-    unpacked = path.with_suffix("")
-    if unpacked.is_file():  # by another process
-        return
-    try:
-        # Aside and renamed: a file may be mapped by other processes, and one that is cut off must not be found.
-        with TemporaryDirectory(dir=path.parent, prefix=".unpack-") as directory:
-            aside = Path(directory, unpacked.name)
-            with aside.open("wb") as file:
-                _unpack(path, file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(unpacked)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        print(f"{path.parent} cannot be written: each process unpacks {path.name} into memory", file=sys.stderr)
+def read_bytes(path: Path) -> npt.NDArray[np.uint8]:
+    """Return a file's bytes, (N,): mapped into memory, or unpacked into it where the file is gzipped.
 
-
-def _unpack(path: Path, file: IO[bytes]) -> None:
+    Raises:
+        DataError: A gzipped file is damaged.
+    """
+    if path.suffix != ".gz":
+        # Copy-on-write: PyTorch has no read-only tensors, and no mistake may change the file.
+        return np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
     try:
         with gzip.open(path) as packed:
-            shutil.copyfileobj(packed, file, 1 << 20)
+            return np.frombuffer(bytearray(packed.read()), np.uint8)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}") from error

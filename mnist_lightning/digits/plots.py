@@ -53,16 +53,9 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
 
 
 def tiles(images: Tensor, columns: int, margins: tuple[int, int, int, int], blank: float = 0) -> Tensor:
-    """Put images side by side, row by row.
+    """Put images, (N, 784), (N, 28, 28) or (N, 784, C), side by side in rows of `columns`: (H, W) or (H, W, C).
 
-    Args:
-        images: (N, 784) or (N, 28, 28), or (N, 784, C) of C colours.
-        columns: Images of a row; the last one may have fewer.
-        margins: Pixels left of, right of, above and below each image.
-        blank: The value of margins, and of what the last row lacks.
-
-    Returns:
-        (H, W), or (H, W, C).
+    Margins are pixels left of, right of, above and below each image, of the value `blank`.
     """
     left, right, above, below = margins
     images = images.reshape(len(images), SIDE, SIDE, -1)

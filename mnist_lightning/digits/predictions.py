@@ -11,7 +11,7 @@ from mnist_lightning.engine.runs import run_directory
 
 
 class PredictionWriter(pl.Callback):
-    """Writes `predictions.csv`: for each image its number, the digit read, and that digit's probability.
+    """Writes `predictions.csv`: for each image its number, the predicted digit, and its probability.
 
     It takes the probabilities, (B, 10), that the Trainer keeps of one loader, unless told not to.
     """

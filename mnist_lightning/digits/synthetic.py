@@ -1,7 +1,5 @@
-"""Handwritten-looking digits in MNIST's format, drawn from scratch: a stand-in where MNIST cannot be downloaded."""
+"""Synthetic digits in MNIST's format that look handwritten, for where MNIST cannot be downloaded."""
 
-import hashlib
-import json
 import math
 import struct
 from pathlib import Path
@@ -9,12 +7,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from mnist_lightning.digits import idx
-
-VERSION = 1  # raise when the digits change; caches of another version are made again
-
 SIZES = {"train": 60_000, "t10k": 10_000}  # digits in the files of each of MNIST's two sets
-MANIFEST = "manifest.json"
 
 # The ways people write each digit: (digit, how common among its ways, path). The paths were written by hand and the
 # weights guessed; looking at real digits told which ways were missing, but nothing was computed from them. A path lists
@@ -78,21 +71,20 @@ PEN_WIDTH = (1.8, 4.0)  # pixels, uniform between: from a fine ballpoint to a fe
 
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw ``count`` digits that look handwritten, in the format of MNIST, with a progress bar.
+    """Draw digits, with a progress bar.
 
-    Each digit takes one of its class's paths in ``GLYPHS``, distorted at random: its points jittered, then moved by a
+    Each digit takes one of its class's paths in `GLYPHS`, distorted at random: its points jittered, then moved by a
     smooth field (after the elastic distortions of Simard, Steinkraus and Platt, 2003, but applied to the pen's path,
     not to the image), then stretched, slanted and turned. A round pen of random width follows the path. The result is
     scaled into 20x20 pixels and centred by its mass in 28x28, as LeCun, Bottou, Bengio and Haffner (1998) made MNIST.
 
     Args:
-        count: number of digits, at least 1.
-        seed: the same seed and count give the same digits (another machine may round a pixel differently). Torch's
-            global generator is neither used nor changed.
+        count: Number of digits, at least 1.
+        seed: The same seed and count give the same digits (another machine may round a pixel differently).
 
     Returns:
-        Images, uint8 of shape (count, 28, 28), 0 for paper to 255 for ink; and their labels 0-9, int64 of shape
-        (count,), in random order, the ten classes equally frequent (to within one digit).
+        Images, (count, 28, 28) uint8, 0 for paper to 255 for ink; and labels, (count,) int64, 0 to 9, in random order,
+        each equally frequent (to within one digit).
     """
     from rich.console import Console  # not for each `fit`
     from rich.progress import track
@@ -101,7 +93,7 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     digits, weights, points, curves = _table()
     labels = (torch.arange(count) % 10)[torch.randperm(count, generator=generator)]
     images = []
-    for chunk in track(labels.split(CHUNK), f"Drawing {count:,} stand-in digits", console=Console(stderr=True)):
+    for chunk in track(labels.split(CHUNK), f"Generating {count:,} synthetic digits", console=Console(stderr=True)):
         way = torch.multinomial(weights * (chunk[:, None] == digits), 1, generator=generator).squeeze(1)
         jitter = JITTER * torch.randn(len(chunk), *points.shape[1:], generator=generator)
         images.append(_ink(_distort(curves[way] @ (points[way] + jitter), generator), generator))
@@ -187,27 +179,10 @@ def _ink(dots: Tensor, generator: Generator) -> Tensor:
 
 
 def make(directory: Path) -> None:
-    """Draw the training and the test file from fixed seeds, and note their MD5 sums."""
+    """Draw the digits of the training and the test files from fixed seeds."""
     for seed, (split, size) in enumerate(SIZES.items()):
         images, labels = draw_digits(size, seed)
         for name, values in {"images-idx3": images, "labels-idx1": labels.to(torch.uint8)}.items():
             # The IDX format: 0, 0, the type (8 is unsigned bytes), the rank, each dimension; then the values.
             header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
             (directory / f"{split}-{name}-ubyte").write_bytes(header + values.numpy().tobytes())
-    (directory / MANIFEST).write_bytes(_manifest(directory))
-
-
-def _manifest(directory: Path) -> bytes:
-    md5 = {name: md5_sum(directory / name) for name in idx.NAMES}
-    return json.dumps({"version": VERSION, "md5": md5}, indent=4).encode()
-
-
-def md5_sum(path: Path) -> str | None:
-    """The MD5 sum of a file in hexadecimal; None where there is no file."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
-
-
-def is_complete(directory: Path) -> bool:
-    """Whether the files that `make` of this `VERSION` leaves are there, undamaged."""
-    path = directory / MANIFEST
-    return path.is_file() and path.read_bytes() == _manifest(directory)

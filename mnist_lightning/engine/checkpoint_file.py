@@ -20,6 +20,8 @@ from .runs import CheckpointError
 
 PARTS = ("state_dict", "global_step", "loops", "pytorch-lightning_version")
 
+RENAME_TIMEOUT = 5.0  # seconds
+
 
 def load_checkpoint(path: Path, network: Callable[..., nn.Module]) -> dict[str, Any]:
     """Load a checkpoint without running anything that it holds.
@@ -139,7 +141,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def replace(source: Path, target: Path) -> None:
     """Rename a file over another one; on Windows a virus scanner may hold it for a moment."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + RENAME_TIMEOUT
     while True:
         try:
             source.replace(target)

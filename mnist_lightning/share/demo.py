@@ -1,4 +1,4 @@
-"""A page to draw a digit on, read by a network that runs in the browser."""
+"""A page to draw a digit on, classified by a network that runs in the browser."""
 
 import base64
 import hashlib

@@ -1,7 +1,6 @@
 """Export to other runtimes; a file is kept only if its own runtime gives PyTorch's logits."""
 
 import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -9,10 +8,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from mnist_lightning.engine.checkpoint_file import replace
 from mnist_lightning.engine.console import JobError
 from mnist_lightning.model import MLP, PIXELS
 
-Format: TypeAlias = Literal["onnx", "torchscript", "safetensors"]
+Format: TypeAlias = Literal["onnx", "safetensors"]
 
 INPUT = (
     "images: (batch, 784) float32 from 0 (background) to 1 (ink), 28 rows of 28 pixels, the digit in a box of 20 by 20 "
@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 
 class ExportError(JobError):
-    """A library is missing, or the exported network does not read as PyTorch does; the message says what to do."""
+    """A library is missing, or the exported network gives other logits than PyTorch; the message says what to do."""
 
 
 def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained_on: str) -> tuple[Path, float]:
@@ -33,8 +33,7 @@ def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained
 
     Args:
         mlp: The network.
-        format: `onnx`, by `torch.export`; `torchscript`, for C++ and PyTorch without this program; or `safetensors`,
-            the weights alone.
+        format: `onnx`, by `torch.export`; or `safetensors`, the weights alone.
         output: File to write; None for `mnist` with the format's suffix.
         images: (N, 784) pixels in [0, 1] to compare with.
         trained_on: Goes into the file, as do the input and the output.
@@ -45,8 +44,8 @@ def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained
     Raises:
         ExportError: A library is missing, or the logits differ by more than 0.001.
     """
-    write = {"onnx": _onnx, "torchscript": _torchscript, "safetensors": _safetensors}[format]
-    path = Path(output or f"mnist.{'pt' if format == 'torchscript' else format}")
+    write = {"onnx": _onnx, "safetensors": _safetensors}[format]
+    path = Path(output or f"mnist.{format}")
     mlp = mlp.eval()
     aside = path.with_name(f"{path.name}.unchecked")
     try:
@@ -54,7 +53,7 @@ def export(mlp: MLP, format: Format, output: str | None, images: Tensor, trained
         difference = max((exported(part) - mlp(part)).abs().max().item() for part in (images, images[:1]))
         if not difference <= TOLERANCE:
             raise ExportError(f"{path} is not written: logits would differ from PyTorch's by up to {difference:.1e}")
-        aside.replace(path)
+        replace(aside, path)
     except ModuleNotFoundError as error:
         raise ExportError(f'{error.name} is not installed; get it with: pip install -e ".[export]"') from error
     finally:
@@ -83,19 +82,10 @@ def _onnx(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Ten
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _torchscript(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Tensor]:
-    with warnings.catch_warnings():
-        # PyTorch warns that TorchScript is deprecated; the format `onnx` is made by its successor.
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(mlp, torch.zeros(2, PIXELS)), path, _extra_files=notes)
-        network: Callable[[Tensor], Tensor] = torch.jit.load(path)
-    return network
-
-
 def _safetensors(mlp: MLP, path: Path, notes: dict[str, str]) -> Callable[[Tensor], Tensor]:
     from safetensors.torch import load_file, save_file
 
-    save_file(mlp.state_dict(), path, notes)
+    save_file(mlp.state_dict(), path, {"format": "pt", **notes})  # without a format, other readers refuse it
     network = MLP(mlp.hidden.out_features)
     network.load_state_dict(load_file(path))
     return network

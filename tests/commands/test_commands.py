@@ -142,7 +142,7 @@ def test_a_test_says_what_was_trained_on_what(
     capsys.readouterr()
     assert run_cli("test", "--ckpt_path=best", *mnist, data=False) == 0
     best = RUN / "checkpoints/best.ckpt"
-    weights = f"Weights of iteration 11, trained on stand-in digits (not MNIST): {best}"
+    weights = f"Weights of iteration 11, trained on synthetic digits (not MNIST): {best}"
     assert capsys.readouterr().out.splitlines()[:2] == [weights, "Reading MNIST"]
     run = RUN.with_name("version_1")
     found = results(run)

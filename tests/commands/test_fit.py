@@ -29,7 +29,7 @@ def test_a_run_keeps_its_contract(run_cli: RunCLI, capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert not err
-    data = "Training on stand-in digits (not MNIST): 1,050 images, 200 for validation"
+    data = "Training on synthetic digits (not MNIST): 1,050 images, 200 for validation"
     assert lines[0] == f"{data}; 159,010 parameters on cpu, 1 thread, seed 4"
     assert [line for line in lines if re.fullmatch(r"iter 5: Loss=\d\.\d\d, Training Accuracy=\d+\.0%", line)]
     epoch = r"Epoch: 3, validation loss: \d\.\d\d, validation accuracy: \d+\.\d%"

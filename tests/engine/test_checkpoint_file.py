@@ -1,6 +1,7 @@
 """Files of checkpoints: always whole on disk, nothing in a stranger's runs, and only what can be loaded is saved."""
 
 import contextlib
+import errno
 import math
 import os
 import pickle
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning.engine import checkpoint_file
 from mnist_lightning.engine.checkpoint_file import load_checkpoint, plain_values, save_checkpoint
 from mnist_lightning.engine.checkpoints import CheckpointIO
 from mnist_lightning.engine.runs import CheckpointError
@@ -308,3 +310,21 @@ def test_weights_alone_can_be_tested_and_shown_but_not_resumed(
     err = capsys.readouterr().err
     assert "weights.ckpt holds only weights" in err
     assert err.count("\n") == 1
+
+
+def test_a_rename_that_is_refused_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, refused = Path.replace, iter(range(3))
+
+    def refuse_at_first(source: Path, target: Path) -> Path:
+        if next(refused, None) is not None:
+            raise PermissionError(errno.EACCES, "a virus scanner has it open")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_at_first)
+    (tmp_path / "a").touch()
+    checkpoint_file.replace(tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    refused = iter(range(1000))
+    monkeypatch.setattr(checkpoint_file, "RENAME_TIMEOUT", 0.3)
+    with pytest.raises(PermissionError):
+        checkpoint_file.replace(tmp_path / "b", tmp_path / "a")

@@ -36,7 +36,7 @@ def test_the_data_are_the_checkpoints_and_what_is_given_wins(
         assert sizes == [size]
         config = yaml.safe_load((newest_run(Path()) / "config.yaml").read_text())["data"]
         assert (config["dataset"], config["val_size"], config["root"]) == ("synthetic", size, str(root))
-    assert "Reading stand-in digits" in capsys.readouterr().out  # not what `auto` would find
+    assert "Reading synthetic digits" in capsys.readouterr().out  # not what `auto` would find
 
 
 def test_own_files_need_their_place(

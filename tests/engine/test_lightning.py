@@ -42,7 +42,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
 
 @pytest.fixture
 def data(data: MNISTDataModule) -> MNISTDataModule:
-    """The small stand-in digits, read."""
+    """The small synthetic digits, read."""
     data.prepare_data()
     data.setup("fit")
     return data

@@ -163,7 +163,7 @@ def test_a_run_on_several_processes_is_the_run_on_one(
     settings = ["--data.dataset=synthetic", *UNEVEN[:2], f"--data.val_size={val_size}", "--trainer.precision=64-true"]
     fit = ["--trainer.log_every_n_steps=4", "--trainer.max_epochs=2", "--data.distortions=true", *UNEVEN[2:]]
     run("fit", *settings, *fit)
-    assert "Drawing 1,250 stand-in digits" in output(several)
+    assert "Generating 1,250 synthetic digits" in output(several)
     assert difference(one, several) < 1e-10
     if is_quick:
         return

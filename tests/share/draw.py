@@ -1,4 +1,4 @@
-"""Draw a 3 on the page that `demo` writes: `python tests/draw.py demo.html page.png` takes the README's picture."""
+"""Draw a 3 on the page that `demo` writes, for the README: `python tests/share/draw.py demo.html page.png`."""
 
 import shutil
 import sys
@@ -7,18 +7,8 @@ from pathlib import Path
 import numpy as np
 from playwright.sync_api import sync_playwright
 
-# On the drawing surface, from 0 to 1 along both axes.
-POINTS = [
-    (0.3, 0.22),
-    (0.52, 0.14),
-    (0.66, 0.27),
-    (0.57, 0.43),
-    (0.44, 0.48),
-    (0.62, 0.53),
-    (0.7, 0.68),
-    (0.54, 0.85),
-    (0.28, 0.8),
-]
+# On the drawing surface, in percent along both axes.
+POINTS = "30,22 52,14 66,27 57,43 44,48 62,53 70,68 54,85 28,80"
 
 page_file, picture_file = map(Path, sys.argv[1:])
 with sync_playwright() as playwright:
@@ -27,7 +17,7 @@ with sync_playwright() as playwright:
     page.goto(page_file.resolve().as_uri())
     surface = page.locator("#surface").bounding_box()
     assert surface
-    curve = np.array(POINTS)
+    curve = np.array([point.split(",") for point in POINTS.split()], dtype=float) / 100
     for _ in range(4):  # cut the corners, as Chaikin did
         one, other = curve[:-1], curve[1:]
         cut = np.stack([0.75 * one + 0.25 * other, 0.25 * one + 0.75 * other], 1).reshape(-1, 2)

@@ -1,13 +1,11 @@
 """People's own files in MNIST's format, and MNIST's in other places and under other names."""
 
-import errno
 import gzip
 import json
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer
-from mnist_lightning.digits import download, idx, plots
+from mnist_lightning.digits import idx, plots
 from mnist_lightning.digits.idx import DataError
 
 FILES = ["--data.dataset=files", f"--data.val_size={VAL_SIZE}", "--trainer.max_epochs=1"]
@@ -46,9 +44,9 @@ def rename(root: Path) -> None:
         (root / name).rename(root / other)
 
 
-def pack(root: Path) -> None:
+def pack(root: Path, level: int = 9) -> None:
     for name in idx.NAMES:
-        (root / f"{name}.gz").write_bytes(gzip.compress((root / name).read_bytes()))
+        (root / f"{name}.gz").write_bytes(gzip.compress((root / name).read_bytes(), level))
         (root / name).unlink()
 
 
@@ -80,7 +78,7 @@ def test_own_files_are_named_in_the_console_the_figures_and_results(
         return Figure()
 
     monkeypatch.setattr(plots, "digit_grid", grid)
-    assert run_cli("fit", "--figures.inside=false", *FILES, f"--data.root={own}", data=False) == 0
+    assert run_cli("fit", "--figures.interpretation=false", *FILES, f"--data.root={own}", data=False) == 0
     assert "Training on files in kmnist: 1,050 images, 200 for validation" in capsys.readouterr().out
     assert all(heading.startswith("files in kmnist\n") for heading in headings)
     assert len(headings) == 2
@@ -135,32 +133,24 @@ def one_less(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = idx.NAMES
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         (
-            "train-images-idx3-ubyte",
+            IMAGES,
             lambda p: header(p, 0, 0xD03),
-            "it begins with the bytes 00000d03, an IDX file of images with 00000803",
+            "bytes 00000d03, an IDX file of images with 00000803",
         ),
-        (
-            "train-images-idx3-ubyte",
-            lambda p: header(p, 2, 32),
-            r"its images are 32x28 \(bytes 8 to 15\); expected 28x28",
-        ),
-        (
-            "t10k-images-idx3-ubyte",
-            cut,
-            r"for the 230 of its header \(bytes 4 to 7\) it would have 180,336 bytes; it has 180,331",
-        ),
-        (
-            "train-labels-idx1-ubyte",
-            label,
-            r"the label of image 10, counted from 0 \(byte 18\), is 10; expected 0 to 9",
-        ),
-        ("train-labels-idx1-ubyte", one_less, "has 1,249 labels, but .*train-images-idx3-ubyte 1,250 images"),
-        ("t10k-labels-idx1-ubyte", lambda p: p.write_bytes(b""), "it begins with the bytes 00000000"),
-        ("t10k-labels-idx1-ubyte", lambda p: p.unlink(), "is missing; expected .*found there: .*t10k-images"),
+        (IMAGES, lambda p: header(p, 2, 32), r"its images are 32x28 \(bytes 8 to 15\); expected 28x28"),
+        (TEST_IMAGES, cut, r"for the 230 of its header \(bytes 4 to 7\) it would have 180,336 bytes; it has 180,331"),
+        (TEST_IMAGES, lambda p: p.write_bytes(p.read_bytes() + b"\0"), "it would have 180,336 bytes; it has 180,337"),
+        (LABELS, label, r"the label of image 10, counted from 0 \(byte 18\), is 10; expected 0 to 9"),
+        (LABELS, one_less, "has 1,249 labels, but .*train-images-idx3-ubyte 1,250 images"),
+        (TEST_LABELS, lambda p: p.write_bytes(b""), "it begins with the bytes 00000000"),
+        (TEST_LABELS, lambda p: p.unlink(), "is missing; expected .*also gzipped"),
     ],
 )
 def test_what_is_wrong_is_named_by_file_and_place(
@@ -178,111 +168,26 @@ def test_more_validation_images_than_there_are_is_a_wrong_setting(
     assert "val_size must be 1 to 1,249 of the training file, not 1250" in capsys.readouterr().err
 
 
-def test_gzipped_files_are_unpacked_once_beside_themselves(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack(own)
-    prepare("files", own)
-    assert sorted(path.name for path in own.iterdir()) == sorted([*idx.NAMES, *(f"{name}.gz" for name in idx.NAMES)])
-    monkeypatch.setattr(gzip, "open", lambda path: pytest.fail("unpacks again"))
-    prepare("files", own)
-
-
-def test_where_nothing_can_be_written_gzipped_files_are_unpacked_into_memory(
-    own: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pack(own)
-
-    def refuse(dir: Path, **_: Any) -> TemporaryDirectory[str]:
-        raise OSError(errno.EROFS, "Read-only file system", str(dir))
-
-    monkeypatch.setattr(idx, "TemporaryDirectory", refuse)
-    assert torch.equal(prepare("files", own).train[0], prepare("synthetic", root).train[0])
-    assert not (own / idx.NAMES[0]).exists()
-    assert "cannot be written: each process unpacks train-images-idx3-ubyte.gz into memory" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("damage", [lambda c: c[:-9], lambda c: b"<html>", lambda c: c[:50] + b"\xff" * 9 + c[59:]])
-def test_a_damaged_gzipped_file_is_named_and_leaves_nothing(own: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_gzipped_file_is_named(own: Path, damage: Callable[[bytes], bytes]) -> None:
     pack(own)
     path = own / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is damaged: "):
         prepare("files", own)
-    assert not (own / "t10k-images-idx3-ubyte").exists()
-    assert not list(own.glob(".*"))
 
 
-# MNIST itself
-
-
-def to_root(fake: Path) -> None:
-    for path in (fake / "MNIST/raw").iterdir():
-        path.rename(fake / path.name)
-
-
-def rename_raw(fake: Path) -> None:
-    rename(fake / "MNIST/raw")
-
-
-@pytest.mark.parametrize("change", [to_root, rename_raw])
-def test_mnist_is_found_in_other_layouts(
-    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
-) -> None:
-    change(fake_mnist)
-    monkeypatch.setattr(download, "fetch", lambda names, directory: pytest.fail("downloads"))
-    data = prepare("auto", fake_mnist)
-    assert (data.dataset_name, data.hparams["dataset"]) == ("MNIST", "mnist")
-    assert "fingerprint" not in data.hparams
-
-
-def test_what_was_expected_and_what_was_found_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "MNIST/processed").mkdir(parents=True)
-    for name in ("MNIST/processed/training.pt", "MNIST/processed/test.pt", "notes.txt"):
-        (tmp_path / name).touch()
-    expected = (
-        "expected train-images-idx3-ubyte, train-labels.*found in .*: MNIST/processed/test.pt, MNIST/processed/tr"
-    )
-    with pytest.raises(DataError, match=expected):
-        prepare("mnist", tmp_path)
-    prepare("auto", tmp_path)
-    assert "MNIST/processed/test.pt" in capsys.readouterr().err.replace("│\n│ ", "")
-
-
-@pytest.mark.parametrize("gzipped", [False, True])
-@pytest.mark.parametrize("place", ["MNIST/raw", "."])
-def test_somebodys_own_files_are_neither_overwritten_nor_taken_for_damaged(
-    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, place: str, gzipped: bool
-) -> None:
-    if place == ".":
-        to_root(fake_mnist)
-    labels = fake_mnist / place / "train-labels-idx1-ubyte"
-    images = fake_mnist / place / "train-images-idx3-ubyte"
-    labels.write_bytes(labels.read_bytes()[:8] + bytes(SMALL["train"]))
-    images.write_bytes(images.read_bytes()[:-1] + b"\x07")
-    if gzipped:
-        pack(fake_mnist / place)
-    before = {path: path.read_bytes() for path in fake_mnist.rglob("*ubyte*")}
-    monkeypatch.setattr(download, "fetch", lambda names, directory: pytest.fail("downloads"))
-    for dataset in ("auto", "mnist"):
-        with pytest.raises(DataError, match=r"train-images.* holds 1,250 images that are not MNIST's; .*dataset files"):
-            prepare(dataset, fake_mnist)
-    assert {path: path.read_bytes() for path in fake_mnist.rglob("*ubyte*")} == before
-    assert prepare("files", fake_mnist).train[1].max() == 0
-
-
-def test_a_file_that_a_download_replaces_is_set_aside(
-    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = fake_mnist / "MNIST/raw/t10k-labels-idx1-ubyte"
-    good = path.read_bytes()
-
-    def fetch(names: list[str], directory: str) -> str:
-        Path(directory, path.name).write_bytes(good)
-        return ""
-
-    monkeypatch.setattr(download, "fetch", fetch)
-    for n, own in enumerate((b"my own", good[:-1] + b"\x03"), 1):
-        path.write_bytes(own)
-        prepare("mnist", fake_mnist)
-        assert path.read_bytes() == good
-        assert path.with_name(f"{path.name}.aside{n}").read_bytes() == own
-        assert f"{path} was not MNIST's file, and is kept as {path.name}.aside{n}" in capsys.readouterr().err
+def test_images_are_the_file_itself_and_writing_to_them_does_not_change_it(root: Path) -> None:
+    raw = root / "synthetic/raw"
+    path = raw / "train-images-idx3-ubyte"
+    content = path.read_bytes()
+    images, labels = idx.load(raw, "train")
+    assert (images.dtype, images.shape) == (torch.uint8, (SMALL["train"], 784))
+    assert (labels.dtype, labels.shape) == (torch.uint8, (SMALL["train"],))
+    assert images.numpy().tobytes() == content[16:]
+    assert bytes(labels.tolist()) == (raw / "train-labels-idx1-ubyte").read_bytes()[8:]
+    mapped = Path("/proc/self/maps")  # Linux has it
+    assert not mapped.exists() or str(path) in mapped.read_text()
+    images.fill_(7)
+    assert path.read_bytes() == content
+    assert idx.load(raw, "train")[0].max() == 255

@@ -3,7 +3,7 @@ import copy
 import io
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from conftest import prepare
 from PIL import Image
 
-from mnist_lightning.digits import inside, pictures, synthetic
+from mnist_lightning.digits import interpretation, pictures, synthetic
+from mnist_lightning.digits.ink import Array
 from mnist_lightning.model import MLP
 from mnist_lightning.share import demo
 
@@ -40,7 +41,7 @@ def browser() -> Iterator["Browser"]:
 
 @pytest.fixture(scope="module")
 def mlp(root: Path) -> MLP:
-    """A network that reads most of the stand-in digits, trained for a second."""
+    """A network that classifies most synthetic digits correctly, trained for a second."""
     torch.manual_seed(0)
     pixels, labels = prepare("synthetic", root).train
     images = pixels.float() / 255
@@ -86,7 +87,7 @@ Strokes = list[list[tuple[float, float]]]
 
 
 def strokes_of(digit: int) -> Strokes:
-    """The first way that the stand-in's writers have of writing a digit, on a surface of 280 by 280."""
+    """The first way of writing a digit among the synthetic ones, on a surface of 280 by 280."""
     path = next(path for glyph, _, path in synthetic.GLYPHS if glyph == digit)
     return [
         [(80 + 2 * float(x), 40 + 2 * float(y)) for x, y in (point.rstrip("^").split(",") for point in stroke.split())]
@@ -107,7 +108,7 @@ def draw(page: "Page", strokes: Strokes) -> None:
         page.mouse.up()
 
 
-def ink_of(page: "Page") -> pictures.Array:
+def ink_of(page: "Page") -> Array:
     """(280, 280) from 0 to 1, as the network's picture is made of."""
     png = base64.b64decode(page.evaluate("inkCanvas.toDataURL()").partition(",")[2])
     return np.asarray(Image.open(io.BytesIO(png)).convert("L")) / 255
@@ -117,7 +118,7 @@ def count(page: "Page") -> int:
     return page.locator("#strokes path").count()
 
 
-def normalised(page: "Page", ink: pictures.Array) -> pictures.Array | None:
+def normalised(page: "Page", ink: Array) -> Array | None:
     """What `normalise` of the page makes of (H, W) ink."""
     height, width = ink.shape
     # As text, because Playwright takes a second for as long a list.
@@ -137,7 +138,7 @@ INKS += [np.ones((1, 1)), np.pad([[0.3]], 40), np.ones((50, 7))]
 
 
 @pytest.mark.parametrize("ink", INKS)
-def test_normalises_as_pictures_are(page: "Page", ink: pictures.Array) -> None:
+def test_normalises_as_pictures_are(page: "Page", ink: Array) -> None:
     expected, found = pictures.normalise(ink), normalised(page, ink)
     assert expected is not None
     assert found is not None
@@ -151,7 +152,7 @@ def test_blank_stays_blank(page: "Page", ink: float) -> None:
     assert normalised(page, blank) is None
 
 
-def test_reads_the_test_digits_as_the_network_does(page: "Page", root: Path, mlp: MLP) -> None:
+def test_classifies_test_digits_as_the_network_does(page: "Page", root: Path, mlp: MLP) -> None:
     expected, found = [], []
     for image in prepare("synthetic", root).test[0][:10].float() / 255:
         large = Image.fromarray(image.view(28, 28).numpy()).resize((280, 280), Image.Resampling.BICUBIC)
@@ -167,27 +168,30 @@ def test_reads_the_test_digits_as_the_network_does(page: "Page", root: Path, mlp
 
 
 def test_pixels_and_constant_add_up_to_the_logits(page: "Page", root: Path, mlp: MLP) -> None:
-    shares = [*torch.eye(10).tolist(), [0, 0, 1, 0, 0, 0, -1, 0, 0, 0]]
+    class_weights = [*torch.eye(10).tolist(), [0, 0, 1, 0, 0, 0, -1, 0, 0, 0]]
     for image in prepare("synthetic", root).test[0][:3].float() / 255:
         logits = torch.tensor(page.evaluate("logits", image.tolist()), dtype=torch.float64)
-        plain = "([pixels, shares]) => (({ points, constant }) => ({ points: [...points], constant }))"
-        found = [page.evaluate(f"{plain}(reasons(pixels, shares))", [image.tolist(), s]) for s in shares]
+        plain = "([pixels, weights]) => (({ points, constant }) => ({ points: [...points], constant }))"
+        code = f"{plain}(attributions(pixels, weights))"
+        found = [page.evaluate(code, [image.tolist(), weights]) for weights in class_weights]
         points = torch.tensor([row["points"] for row in found], dtype=torch.float64)
         constants = torch.tensor([row["constant"] for row in found], dtype=torch.float64)
-        sums = torch.tensor(shares, dtype=torch.float64) @ logits
+        sums = torch.tensor(class_weights, dtype=torch.float64) @ logits
         torch.testing.assert_close(points.sum(1) + constants, sums, rtol=0, atol=1e-4)
-        expected, expected_constants, _ = inside.reasons(mlp, image.repeat(len(shares), 1), torch.tensor(shares))
+        expected, expected_constants, _ = interpretation.attributions(
+            mlp, image.repeat(len(class_weights), 1), torch.tensor(class_weights)
+        )
         torch.testing.assert_close(points, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(constants, expected_constants, rtol=0, atol=1e-4)
 
 
-def test_says_why_it_reads_that(page: "Page") -> None:
-    section = page.locator("#why")
+def test_shows_attributions(page: "Page") -> None:
+    section = page.locator("#attribution")
     assert section.is_hidden()
     draw(page, strokes_of(3))
     assert section.is_visible()
-    best, second = re.fullmatch(r"Why (\d) and not (\d)\?", section.get_by_role("heading").inner_text()).groups()  # type: ignore[union-attr]
-    assert page.get_by_role("region", name=f"Why {best} and not {second}?").count() == 1
+    best, second = re.fullmatch(r"Attribution: (\d) against (\d)", section.get_by_role("heading").inner_text()).groups()  # type: ignore[union-attr]
+    assert page.get_by_role("region", name=f"Attribution: {best} against {second}").count() == 1
     assert page.get_by_role("img", name=f"ink for {best} in full squares, ink for {second} in rings").count() == 1
     scores = page.evaluate("logits(normalise(readInk(), inkCanvas.width, inkCanvas.height))")
     assert [str(digit) for digit in np.argsort(scores)[:-3:-1]] == [best, second] == ["3", second]
@@ -223,7 +227,7 @@ def test_holds_networks_of_any_width_and_type(browser: "Browser", tmp_path: Path
 
 
 @pytest.mark.parametrize("digit", [0, 1, 3, 7])
-def test_reads_what_is_drawn(page: "Page", mlp: MLP, tmp_path: Path, digit: int) -> None:
+def test_classifies_what_is_drawn(page: "Page", mlp: MLP, tmp_path: Path, digit: int) -> None:
     draw(page, strokes_of(digit))
     assert page.locator("#guess").inner_text() == str(digit)
     bars = page.locator("#bars li")
@@ -339,25 +343,56 @@ def test_draws_by_keyboard(page: "Page") -> None:
     assert page.locator("#strokes path").last.get_attribute("d") == "M126 217h.01L119 210"
 
 
-def test_draws_by_touch_with_one_finger(page: "Page") -> None:
+@pytest.fixture
+def dispatch(page: "Page") -> Callable[..., None]:
+    """Touch at points, or move a pen, on the drawing surface of 280 by 280."""
     session = page.context.new_cdp_session(page)
     box = page.locator("#surface").bounding_box()
     assert box is not None
 
-    def touch(kind: str, *points: tuple[float, float]) -> None:
-        where = [{"id": i, "x": box["x"] + x, "y": box["y"] + y} for i, (x, y) in enumerate(points)]
-        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": where})
+    def dispatch(kind: str, *points: tuple[float, float]) -> None:
+        places = [
+            {"x": box["x"] + x * box["width"] / 280, "y": box["y"] + y * box["height"] / 280, "id": index}
+            for index, (x, y) in enumerate(points)
+        ]
+        if kind.startswith("touch"):
+            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+        else:
+            pen = {"pointerType": "pen", "button": "left", "buttons": 1, "clickCount": 1}
+            session.send("Input.dispatchMouseEvent", {"type": kind, "x": places[0]["x"], "y": places[0]["y"], **pen})
 
-    touch("touchStart", (200, 60))
-    for y in range(80, 320, 20):
-        touch("touchMove", (200, y))
-    touch("touchStart", (200, 300), (40, 40))
-    touch("touchMove", (200, 300), (80, 80))
-    touch("touchEnd")
+    return dispatch
+
+
+def test_draws_by_touch_with_one_finger(page: "Page", dispatch: Callable[..., None]) -> None:
+    dispatch("touchStart", (140, 40))
+    for y in range(50, 220, 10):
+        dispatch("touchMove", (140, y))
+    dispatch("touchStart", (140, 210), (30, 30))
+    dispatch("touchMove", (140, 210), (50, 50))
+    dispatch("touchEnd")
     assert count(page) == 1
     assert not ink_of(page)[:, :100].any()
     assert page.locator("#guess").inner_text() == "1"
     assert page.evaluate("scrollY") == 0
+
+
+def test_the_pen_draws_where_a_palm_rests(page: "Page", dispatch: Callable[..., None]) -> None:
+    dispatch("touchStart", (230, 250))  # the palm, first
+    dispatch("mousePressed", (100, 40))
+    for y in range(50, 220, 10):
+        dispatch("mouseMoved", (100, y))
+        dispatch("touchMove", (230, 250 - y / 10))
+    dispatch("mouseReleased", (100, 220))
+    dispatch("touchEnd")
+    assert count(page) == 1
+    one = ink_of(page)
+    assert not one[:, 150:].any()
+    assert page.locator("#guess").inner_text() == "1"
+    dispatch("touchStart", (230, 250))  # again, before the next stroke
+    dispatch("touchEnd")
+    np.testing.assert_array_equal(ink_of(page), one)
+    page.reload()  # and forget the pen
 
 
 def test_tells_screen_readers_once_a_digit_is_drawn(browser: "Browser", file: Path) -> None:
@@ -404,6 +439,29 @@ def test_is_readable_by_day_and_by_night(page: "Page") -> None:
     light, dark = grounds
     assert light > 0.8
     assert dark < 0.05
+
+
+def test_bars_are_seen_in_forced_colours(page: "Page") -> None:
+    page.emulate_media(forced_colors="active", reduced_motion="reduce")
+    draw(page, strokes_of(3))
+    lengths = page.evaluate("[...bars.children].map(bar => Number(bar.style.getPropertyValue('--probability')))")
+    least, most = (
+        Image.open(io.BytesIO(page.locator(".bar").nth(lengths.index(length)).screenshot())).convert("L")
+        for length in (min(lengths), max(lengths))
+    )
+    page.emulate_media(forced_colors="none")
+    assert abs(least.getpixel((10, 5)) - most.getpixel((10, 5))) > 60  # type: ignore[operator]
+
+
+def test_without_scripts_it_says_so(browser: "Browser", file: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(file.as_uri())
+    assert page.locator("body").inner_text().split("\n\n") == [
+        "Draw a digit",
+        "To draw here, open this page in a browser that runs JavaScript.",
+    ]
+    context.close()
 
 
 def luminance(colour: str) -> float:

@@ -1,6 +1,6 @@
 """Test digits as strangers may hand them in; nobody tuned on them.
 
-`python tests/paste.py data mine` writes nine into `mine/`, of MNIST's files below `data/`.
+`python tests/digits/paste.py data mine` writes nine into `mine/`, of MNIST's files below `data/`.
 """
 
 import sys

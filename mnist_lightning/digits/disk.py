@@ -1,0 +1,38 @@
+"""Directories and files that several processes may use at once."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+WAIT_IN_SILENCE = 5.0  # seconds
+
+
+def check_directory(path: Path) -> None:
+    """Raise an `OSError` that names the broken link, or the file, that keeps a directory from being there."""
+    for place in (*reversed(path.parents), path):
+        if place.is_symlink() and not place.exists():
+            raise OSError(errno.ENOENT, f"a link to {place.readlink()}, which does not exist", str(place))
+        if place.exists() and not place.is_dir():
+            raise OSError(errno.ENOTDIR, "a file, not a directory", str(place))
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Let one process at a time, of all machines that share a directory, do something there; make the directory."""
+    check_directory(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    with contextlib.suppress(OSError, NotImplementedError):  # where nothing can be locked, or written, go on without
+        try:
+            lock.acquire(timeout=WAIT_IN_SILENCE)
+        except Timeout:
+            print(f"waiting for another process, which holds {lock.lock_file}", file=sys.stderr)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
