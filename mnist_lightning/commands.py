@@ -34,7 +34,7 @@ def data(arguments: list[str]) -> None:
         from mnist_lightning.model import CLASSES
     root = Path(config.data.root)
     raw = files.get(config.data.dataset, root)
-    name = files.full_name(files.describe(config.data.dataset, root, raw)["dataset"])
+    name = files.describe(config.data.dataset, root, raw)["dataset_name"]
     (images, labels), test = idx.load(raw, "train"), idx.load(raw, "t10k")
     held_out = config.data.val_size
     if not 1 <= held_out < len(labels):
@@ -180,7 +180,6 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
     with without_garbage_collector():
         from torch.nn import ModuleDict
 
-        from mnist_lightning.digits import files
         from mnist_lightning.engine.checkpoint_file import load_checkpoint
         from mnist_lightning.model import MLP
 
@@ -197,8 +196,8 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
     network.load_state_dict(checkpoint["state_dict"])
     mlp = network["mlp"].eval().requires_grad_(False)
     assert isinstance(mlp, MLP)
-    dataset = str(checkpoint["datamodule_hyper_parameters"].get("dataset", "other data"))
-    trained_on = printable(f"{files.full_name(dataset)}, {checkpoint['global_step']:,} iterations")
+    dataset = checkpoint["datamodule_hyper_parameters"].get("dataset_name", "other data")
+    trained_on = printable(f"{dataset}, {checkpoint['global_step']:,} iterations")
     say(printable(f"Weights: {path}, trained on {trained_on}"))
     return mlp, trained_on
 

@@ -90,7 +90,7 @@ class MNISTDataModule(DeviceDataModule):
     @property
     def dataset_name(self) -> str:
         """`MNIST`, `synthetic digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
-        return files.full_name(self.hparams["dataset"])
+        return str(self.hparams["dataset_name"])
 
     @property
     def raw(self) -> Path:

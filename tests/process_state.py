@@ -32,7 +32,7 @@ def state() -> dict[str, Any]:
         "hooks": [sys.excepthook, threading.excepthook, sys.unraisablehook, sys.displayhook],
         "streams": [sys.stdout, sys.stderr],
         "warnings": list(warnings.filters),
-        "garbage collector": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()],
+        "garbage collector": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count() > 0],
         "others": [sys.path[:], sys.argv[:], Path.cwd(), socket.getdefaulttimeout()],
     }
     for name, logger in loggers.items():

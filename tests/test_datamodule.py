@@ -98,6 +98,7 @@ def test_hyperparameters_are_plain_and_do_not_say_where_the_files_lie(root: Path
     strengths = Distortions(rotation=5)
     assert dict(read(root, strengths).hparams) == {
         "dataset": "synthetic",
+        "dataset_name": "synthetic digits (not MNIST)",
         "batch_size": 100,
         "val_size": VAL_SIZE,
         "seed": 0,

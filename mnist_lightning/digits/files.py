@@ -14,8 +14,6 @@ from mnist_lightning.engine.checkpoint_file import replace
 
 Dataset: TypeAlias = Literal["auto", "mnist", "synthetic", "files"]
 
-NAMES = {"mnist": "MNIST", "synthetic": "synthetic digits (not MNIST)"}
-
 MIRROR_TIMEOUT = 10.0  # seconds; a mirror that sends nothing for so long is given up
 
 # MD5 sums of the unpacked files; torchvision knows those of the gzipped ones.
@@ -25,11 +23,6 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-
-
-def full_name(dataset: str) -> str:
-    """A data set's name as people read it: `MNIST`, `synthetic digits (not MNIST)`, or another one's as it is."""
-    return NAMES.get(dataset, dataset)
 
 
 class UnreachableError(DataError):
@@ -52,7 +45,7 @@ def get(dataset: Dataset, root: Path) -> Path:
     try:
         if dataset != "synthetic":
             try:
-                return _get_files(root) if _are_own(dataset) else _get_mnist(root)
+                return _get_files(root) if dataset == "files" else _get_mnist(root)
             except UnreachableError as error:
                 if dataset == "mnist":
                     raise
@@ -69,26 +62,27 @@ def find(dataset: Dataset, root: Path) -> Path:
     Of `root` and `MNIST/raw/` it is the one that holds most of the four files.
     """
     places = [root / "MNIST" / "raw", root]
-    raw = min(reversed(places) if _are_own(dataset) else places, key=lambda place: len(idx.missing(place)))
+    raw = min(reversed(places) if dataset == "files" else places, key=lambda place: len(idx.missing(place)))
     is_synthetic = dataset == "synthetic" or (dataset == "auto" and idx.missing(raw))
     return root / "synthetic" / "raw" if is_synthetic else raw
 
 
-def describe(dataset: str, root: Path, raw: Path) -> dict[str, str]:
-    """What a checkpoint keeps of the data: their name and, of the user's own files, a fingerprint.
+def describe(dataset: Dataset, root: Path, raw: Path) -> dict[str, str]:
+    """What a checkpoint keeps of the data: which ones were taken, and of the user's own files a fingerprint.
 
-    The name is `mnist`, `synthetic`, or another one of torchvision's in the same format; or `files in DIRECTORY`.
+    The `dataset_name` is `MNIST`, `synthetic digits (not MNIST)`, `files in DIRECTORY` or, of another data set of
+    torchvision's in the same format, that of its directory.
     """
     is_in_root = raw in (root, root / "MNIST" / "raw")
-    if _are_own(dataset):
+    if dataset == "files":
         place = (root if is_in_root else raw).resolve()
         name = place.parent.name if place.name == "raw" else place.name
-        return {"dataset": f"files in {name}", "fingerprint": idx.fingerprint(raw)}
-    return {"dataset": "mnist" if is_in_root else raw.parent.name.lower()}
-
-
-def _are_own(dataset: str) -> bool:
-    return dataset == "files" or dataset.startswith("files in ")  # as `describe` has it in checkpoints
+        return {"dataset": dataset, "dataset_name": f"files in {name}", "fingerprint": idx.fingerprint(raw)}
+    if is_in_root:
+        return {"dataset": "mnist", "dataset_name": "MNIST"}
+    if raw == root / "synthetic" / "raw":
+        return {"dataset": "synthetic", "dataset_name": "synthetic digits (not MNIST)"}
+    return {"dataset": dataset, "dataset_name": raw.parent.name}
 
 
 def _get_files(root: Path) -> Path:
@@ -97,7 +91,7 @@ def _get_files(root: Path) -> Path:
         disk.check_directory(root / "MNIST" / "raw")
         raise DataError(
             f"{raw / missing[0]} is missing; expected {', '.join(idx.NAMES)} in {root} or {root / 'MNIST' / 'raw'}, "
-            "also gzipped or as train-images.idx3-ubyte and so on"
+            "also gzipped or as train-images.idx3-ubyte and so on; give their --data.root"
         )
     for file in idx.FILES:
         idx.load(raw, file)

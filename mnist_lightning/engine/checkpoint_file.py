@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import inspect
 import io
 import os
 import re
@@ -43,7 +44,8 @@ def load_checkpoint(path: Path, network: Callable[..., nn.Module]) -> dict[str, 
         raise CheckpointError(f"{path} is not of this program: expected {', '.join(PARTS)}, found {found}")
     try:
         with torch.device("meta"):  # for the shapes, without the memory
-            module = network(**checkpoint.setdefault("hyper_parameters", {}))
+            settings = checkpoint["hyper_parameters"] = _known(network, checkpoint.get("hyper_parameters", {}))
+            module = network(**settings)
         expected, saved = (
             {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in state.items()}
             for state in (module.state_dict(), checkpoint["state_dict"])
@@ -180,6 +182,13 @@ def _load_plain(path: Path) -> Any:
         f"{path} is damaged or no checkpoint: expected what `fit` saves, found {path.stat().st_size:,} bytes that "
         f"cannot be read ({damaged})"
     )
+
+
+def _known(network: Callable[..., nn.Module], settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that are its parameters: a base class may have saved some of its own."""
+    parameters = inspect.signature(network).parameters
+    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in settings.items() if takes_all or name in parameters}
 
 
 def _list(weights: dict[str, tuple[tuple[int, ...], bool]]) -> str:

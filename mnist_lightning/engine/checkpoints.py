@@ -1,6 +1,7 @@
 """`best.ckpt` and `last.ckpt`: what a run saves, when and how, and how a signal ends it."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -108,6 +109,8 @@ class BestAndLast(Checkpoint):
 
     def on_step_logged(self, trainer: pl.Trainer) -> None:
         """Save, if it is due. `on_train_batch_end` would be too early: Lightning logs after it."""
+        if trainer.fit_loop._should_accumulate():
+            return  # no checkpoint keeps gradients
         step, n = trainer.global_step, self.hooks_every_n_steps
         is_due = n and step // n > self._saved // n
         ends = trainer.should_stop or 0 <= trainer.max_steps <= step
@@ -121,8 +124,9 @@ class BestAndLast(Checkpoint):
         metrics = trainer.callback_metrics
         if self.monitor in metrics:
             # The first process decides, for all: they save together, and may not have the same value.
-            value = trainer.strategy.broadcast(metrics[self.monitor].item())
-            if self._best is None or self._sign * value > self._sign * self._best:
+            value = self._sign * trainer.strategy.broadcast(metrics[self.monitor].item())
+            value = -math.inf if math.isnan(value) else value
+            if self._best is None or value > self._best:
                 self._best, self._improved = value, True
         if not trainer.is_last_batch:
             self._save_best(trainer)

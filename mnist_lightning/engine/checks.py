@@ -48,10 +48,6 @@ class Checks(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if run := run_directory(trainer):
             self.lock.acquire(run)
-        # Lightning would refuse it too, but only after the training.
-        limit, data = trainer.limit_test_batches, trainer.datamodule  # type: ignore[attr-defined]
-        if data and isinstance(limit, float) and 0 < limit < 1 and int(limit * len(data.test_dataloader())) == 0:
-            raise MisconfigurationException(f"limit_test_batches {limit} is less than one minibatch; give 0 for none")
         if self._checkpoint:
             _check_schedules(trainer, self._checkpoint)
             _check_optimizers(trainer, self._checkpoint)

@@ -1,6 +1,7 @@
 """What `--ckpt_path` means: a checkpoint by its name, and the settings that it brings along."""
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from .checkpoint_file import load_checkpoint
+from .checkpoint_file import load_checkpoint, plain_values
 from .console import UsageError, say
 from .runs import CheckpointError, find_checkpoint, find_unfinished
 from .tensorboard import plain_config
@@ -68,16 +69,25 @@ def take_settings(
         raise UsageError(f"ckpt_path: {error}") from error
     saved = {"model": checkpoint["hyper_parameters"], "data": checkpoint["datamodule_hyper_parameters"]}
     known = {
-        group: {name: value for name, value in values.items() if name in config[command].get(group, {})}
+        group: {
+            name: _as_parsed(value, config[command][group][name])
+            for name, value in values.items()
+            if name in config[command].get(group, {})
+        }
         for group, values in saved.items()
     }
     known["data"].pop("seed", None)  # it is `seed_everything`
     configs = [str(run / "config.yaml")] if run and (run / "config.yaml").is_file() else []
     configs.append(yaml.safe_dump(known))
     config = parser.parse_args([command, *(f"--config={each}" for each in configs), *sys.argv[2:]])
-    for name, value in known["model"].items():
-        given = config[command].model[name]
-        if given != value:
+    for name in known["model"]:
+        given, value = config[command].model[name], saved["model"][name]
+        if plain_values(given, name) != value:
             ways = "; leave that out, or give it to a new run, without --ckpt_path" if command == "fit" else ""
             raise UsageError(f"model.{name} is {given}, but the checkpoint was trained with {value}{ways}")
     return config
+
+
+def _as_parsed(value: Any, default: Any) -> Any:
+    """A checkpoint's value as it is given on a command line: an enumeration by name."""
+    return type(default)(value).name if isinstance(default, Enum) else value

@@ -1,6 +1,7 @@
 """The command line of a Trainer: LightningCLI with defaults of ours, checkpoints by name, and runs that are resumed."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -184,7 +185,7 @@ class CLI(LightningCLI):
                 self._test_after_fit()
             is_done = True
         finally:
-            self.lock.release(is_done)
+            self.lock.release(is_done or (self.lock.is_new and not self.report.has_begun))
             if not self.report.has_begun and isinstance(self.trainer.logger, RunLogger):
                 self.trainer.logger.discard()
 
@@ -232,7 +233,9 @@ def train(*classes: Any, **settings: Any) -> None:
         raise
     except Exception as error:
         if not has_user_code(error):
-            if any(frame.name.startswith("restore_") for frame in traceback.extract_tb(error.__traceback__)):
+            if any(
+                frame.name.lstrip("_").startswith("restore_") for frame in traceback.extract_tb(error.__traceback__)
+            ):
                 cause = f"{type(error).__name__}: {error}"
                 raise JobError(f"ckpt_path: the checkpoint is not of this program: {cause}") from error
             if isinstance(error, ValueError | TypeError):  # one of Lightning's checks

@@ -98,7 +98,7 @@ class DeviceLoader:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Let the next iteration go on where the loader of the checkpoint was, if it is of the same epoch."""
-        self._resume_at = state_dict
+        self._resume_at = {"epoch": state_dict["epoch"], "done": state_dict["done"]}
 
     def __len__(self) -> int:
         """Number of minibatches in an epoch."""
@@ -147,7 +147,7 @@ class DeviceDataModule(pl.LightningDataModule):
     """A data module whose loaders take minibatches on the Trainer's device, and which refuses to resume on other data.
 
     `save_hyperparameters` says what the data is: a run is resumed only where all of it is the same. Where there is a
-    `fingerprint`, it identifies the data, and their `dataset` may differ.
+    `fingerprint`, it identifies the data, and their `dataset_name` may differ.
     """
 
     def loader(
@@ -190,7 +190,7 @@ class DeviceDataModule(pl.LightningDataModule):
             return
         ours = self.state_dict()
         if "fingerprint" in ours and "fingerprint" in state_dict:
-            del ours["dataset"]
+            del ours["dataset_name"]
         for name, value in ours.items():
             if (then := state_dict.get(name)) != value:
                 raise MisconfigurationException(

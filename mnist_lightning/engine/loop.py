@@ -82,7 +82,7 @@ class EpochLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """Begin an epoch, or go on within one."""
         self._ran_hooks = False  # the first iteration has hooks: those without need what it logged
-        self.trainer.fit_loop.resume_loader()
+        self.trainer.fit_loop.restore_loader()
         super().on_run_start(data_fetcher)
 
     def advance(self, data_fetcher: _DataFetcher) -> None:

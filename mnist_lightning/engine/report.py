@@ -68,11 +68,11 @@ class Report(pl.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._resumes_from = progress(checkpoint)
             return
-        dataset = checkpoint.get("datamodule_hyper_parameters", {}).get("dataset", "")
+        saved = checkpoint.get("callbacks", {}).get("Report", {}), checkpoint.get("datamodule_hyper_parameters", {})
+        dataset = saved[0].get("dataset") or saved[1].get("dataset_name", "other data")
         self._loaded = checkpoint["global_step"], dataset
         if not self.has_begun:
-            trained_on = checkpoint.get("callbacks", {}).get("Report", {}).get("dataset") or dataset
-            say(printable(f"Weights of iteration {self._loaded[0]:,}, trained on {trained_on}: {trainer.ckpt_path}"))
+            say(printable(f"Weights of iteration {self._loaded[0]:,}, trained on {dataset}: {trainer.ckpt_path}"))
             say(f"Reading {_name(trainer)}")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -92,20 +92,20 @@ class Report(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.has_begun, self._started = True, time.perf_counter()
-        if trainer.global_step:
+        if trainer.ckpt_path:
             # Not earlier: a run that cannot be resumed keeps its curves.
             tensorboard.purge_after(trainer)
         tensorboard.log_settings(trainer, {**pl_module.hparams, **data_settings(trainer)})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stale = dict(trainer.callback_metrics)
+        self._stale = {name: trainer.callback_metrics.get(name) for name in ("train/loss", "train/acc")}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
-        is_due = is_due and not any(value is self._stale.get(name) for name, value in trainer.callback_metrics.items())
-        if is_due and (measured := _metrics(trainer, "train")):
+        is_stale = any(value is trainer.callback_metrics.get(name) for name, value in self._stale.items())
+        if is_due and not is_stale and (measured := _metrics(trainer, "train")):
             self.train.append([iteration, *measured])
             say(f"iter {iteration}: Loss={measured[0]:.2f}, Training Accuracy={measured[1]:.1%}")
 
@@ -143,12 +143,11 @@ class Report(pl.Callback):
         """Write what is known by now, after training and again after a test."""
         if (folder := run_directory(trainer)) is None:
             return
-        settings = data_settings(trainer)
-        iteration, dataset = self._loaded or (trainer.global_step, settings.get("dataset"))
+        iteration, dataset = self._loaded or (trainer.global_step, _name(trainer))
         # Validation of the very weights that are tested, if it was on the same dataset.
-        counts = dataset == settings.get("dataset") and (self._loaded or self._is_validated)
+        counts = dataset == _name(trainer) and (self._loaded or self._is_validated)
         validated = [(loss, acc) for at, loss, acc in self.val if counts and at == iteration]
-        results: dict[str, Any] = {name: settings.get(name) for name in ("dataset", "seed")}
+        results: dict[str, Any] = {"dataset": _name(trainer), "seed": data_settings(trainer).get("seed")}
         results |= {"iterations": trainer.global_step or iteration, "train_seconds": round(self.train_seconds, 3)}
         results |= {"device": trainer.strategy.root_device.type, "precision": str(trainer.precision)}
         results |= {"threads": torch.get_num_threads(), "processes": trainer.world_size}

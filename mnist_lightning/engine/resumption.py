@@ -71,7 +71,7 @@ class FitLoop(_FitLoop):
 
     def load_random_states(self, states: dict[str, States | None]) -> None:
         """Take over what `random_states` gave to a checkpoint."""
-        self._loaded = states
+        self._loaded = {name: states[name] for name in ("before_epoch", "before_batch", "now")}
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         """Load Lightning's state; an epoch that `max_steps` or a callback has ended early goes on."""
@@ -87,7 +87,7 @@ class FitLoop(_FitLoop):
         """Make the loader's first iterator from the states of a checkpoint, if there is one."""
         loader = self._combined_loader
         if self._loaded and loader is None:
-            self._restore(self._loaded["before_epoch"] or self._loaded["now"])
+            self._restore_states(self._loaded["before_epoch"] or self._loaded["now"])
         states = self._states()
         super().setup_data()
         if self._combined_loader is not loader:
@@ -100,10 +100,10 @@ class FitLoop(_FitLoop):
             # Saved in an epoch's last iteration: Lightning goes on with the next epoch, without this one's validation.
             self._loaded = {"before_epoch": None, "before_batch": None, "now": self._loaded["now"]}
         if self._loaded and self._loaded["before_batch"] is None:
-            self._restore(self._loaded["now"])
+            self._restore_states(self._loaded["now"])
         super().on_advance_start()
 
-    def resume_loader(self) -> None:
+    def restore_loader(self) -> None:
         """After the epoch's first hook: let the loader go on, by its own state or by the random ones it began from."""
         if not self.is_resuming:
             if self.trainer.current_epoch > 0 and not self.epoch_loop.restarting:
@@ -118,16 +118,16 @@ class FitLoop(_FitLoop):
         now = self._states()
         made_from = loaded.get("before_epoch") or now
         if is_stateful or (loaded and made_from != self.before_epoch):
-            self._restore(made_from)
+            self._restore_states(made_from)
             iter(batches)
             self._after_iter = self._states()
         self.before_epoch, self.before_batch = made_from, loaded.get("before_batch")
         if self.before_batch:
-            self._restore(self.before_batch)
+            self._restore_states(self.before_batch)
             self._skip(batches, self.epoch_loop.batch_progress.current.ready)
-            self._restore(loaded["now"])
+            self._restore_states(loaded["now"])
         elif loaded:
-            self._restore(now if loaded["before_epoch"] else self._after_iter)
+            self._restore_states(now if loaded["before_epoch"] else self._after_iter)
         batches.fetched = 0  # Lightning adds those that were used
 
     def _skip(self, batches: _DataFetcher, count: int) -> None:
@@ -176,7 +176,7 @@ class FitLoop(_FitLoop):
             states["device"] = _to_bytes(torch.get_device_module(device).get_rng_state())
         return states | {"generators": [_to_bytes(generator.get_state()) for generator in self._generators()]}
 
-    def _restore(self, states: States | None) -> None:
+    def _restore_states(self, states: States | None) -> None:
         assert states
         _set_rng_states(states | {"torch": _to_tensor(states["torch"])})
         if "device" in states and (device := self.trainer.strategy.root_device).type != "cpu":

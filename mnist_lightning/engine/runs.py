@@ -59,6 +59,8 @@ class RunLock:
     """The file `unfinished` of a run: there until the run is done, and locked while a process trains or tests it."""
 
     _lock: FileLock | None = None
+    is_new = False
+    """Whether the run was not unfinished before."""
 
     def acquire(self, run: Path) -> None:
         """Take the lock.
@@ -67,7 +69,7 @@ class RunLock:
             JobError: Another process holds it.
         """
         if self._lock is None:
-            lock = _lock(run)
+            lock, self.is_new = _lock(run), not (run / "unfinished").exists()
             try:
                 lock.acquire()
             except Timeout as error:
@@ -75,7 +77,7 @@ class RunLock:
             self._lock = lock
 
     def release(self, is_done: bool) -> None:
-        """Give the lock back; the file goes where the run is done."""
+        """Give the lock back, and remove the file where the run is done."""
         if self._lock is not None:
             self._lock.release()
             if is_done:

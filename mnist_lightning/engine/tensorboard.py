@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,8 @@ def _plain(value: Any) -> Any:
         return {key: part for key, part in parts.items() if part is not NO_TEXT}
     if isinstance(value, list | tuple | set):
         return [_plain(part) for part in value]
+    if isinstance(value, Enum):
+        return value.name  # as it is parsed
     if isinstance(value, torch.device | timedelta):
         return str(value)
     try:

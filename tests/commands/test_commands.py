@@ -146,7 +146,7 @@ def test_a_test_says_what_was_trained_on_what(
     assert capsys.readouterr().out.splitlines()[:2] == [weights, "Reading MNIST"]
     run = RUN.with_name("version_1")
     found = results(run)
-    assert (found["dataset"], found["iterations"]) == ("mnist", 11)
+    assert (found["dataset"], found["iterations"]) == ("MNIST", 11)
     assert "val/acc" not in found
     assert steps(run, "test/acc") == [10]
 

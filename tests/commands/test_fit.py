@@ -43,7 +43,7 @@ def test_a_run_keeps_its_contract(run_cli: RunCLI, capsys: pytest.CaptureFixture
         *("dataset", "seed", "iterations", "train_seconds", "device", "precision", "threads", "processes"),
         *("val/loss", "val/acc", "test/loss", "test/acc", "versions"),
     }
-    assert (found["dataset"], found["seed"], found["iterations"]) == ("synthetic", 4, 33)
+    assert (found["dataset"], found["seed"], found["iterations"]) == ("synthetic digits (not MNIST)", 4, 33)
     assert (found["device"], found["precision"], found["threads"], found["processes"]) == ("cpu", "32-true", 1, 1)
     assert 0 < found["train_seconds"] < 60
     assert found["val/acc"] == pytest.approx(max(val_acc))

@@ -109,7 +109,7 @@ def test_the_script_trains_tests_and_resumes(
     whole = tmp_path / "whole" / "lightning_logs" / "version_0"
     names = {"correct", "misclassified", "confusion_matrix", "training_curves", "network"}
     assert {path.stem for path in (whole / "figures").iterdir()} >= names
-    assert '"dataset": "fashionmnist"' in (whole / "results.json").read_text()
+    assert '"dataset": "Fashion-MNIST"' in (whole / "results.json").read_text()
 
     assert run("parts", "fit", *small, "--trainer.max_steps=15", "--model.channels=4", "--test_after_fit=false") == 0
     assert run("parts", "test", "--ckpt_path=best") == 0

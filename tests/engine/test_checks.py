@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import RunCLI
-from engine.test_loop import PER_EPOCH, Foreign, Settings, differences, fit, loader
+from engine.test_loop import Foreign, Settings, differences, fit, loader
 from engine.test_resumption import every, resume, saver
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -85,28 +85,6 @@ def test_averaging_of_epochs_is_resumed_between_epochs_only(tmp_path: Path) -> N
                 resume(*resuming)
         elif "epoch=3" not in file.name:
             assert differences(whole.module.state_dict(), resume(*resuming).module.state_dict()) == [], file
-
-
-class TestLater(pl.LightningDataModule):
-    """A data module as a textbook has it, whose test split is there only where it is tested."""
-
-    __test__ = False
-
-    def setup(self, stage: str) -> None:
-        if stage == "test":
-            self.test = loader()
-
-    def train_dataloader(self) -> Any:
-        return loader()
-
-    def test_dataloader(self) -> Any:
-        return self.test
-
-
-@pytest.mark.parametrize("limit", [None, 0.5])
-def test_a_fit_needs_no_test_split(limit: float | None, tmp_path: Path) -> None:
-    run = fit(Trainer, tmp_path / "run", Foreign, TestLater, checked, {"limit_test_batches": limit})
-    assert run.trainer.global_step == 2 * PER_EPOCH
 
 
 # Values in the wrong place
