@@ -4,13 +4,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO as CheckpointIOPlugin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     LearningRateMonitor,
@@ -56,11 +56,11 @@ class CLI(LightningCLI):
         self,
         model_class: type[pl.LightningModule],
         datamodule_class: type[pl.LightningDataModule],
-        callbacks: list[pl.Callback],
-        configurable: Mapping[str, type[pl.Callback]],
-        threads: int,
+        callbacks: Sequence[pl.Callback] = (),
+        configurable: Mapping[str, type[pl.Callback]] = MappingProxyType({}),
+        threads: int = 0,
     ) -> None:
-        self.configurable, self.threads = configurable, threads
+        self.network, self.configurable, self.threads = model_class, configurable, threads
         self.lock = RunLock()
         super().__init__(
             model_class,
@@ -75,7 +75,7 @@ class CLI(LightningCLI):
                 "log_every_n_steps": 100,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
-                "callbacks": callbacks,
+                "callbacks": list(callbacks),
             },
             seed_everything_default=0,
             parser_kwargs={"prog": PROGRAM},
@@ -113,7 +113,7 @@ class CLI(LightningCLI):
             if command == "fit" and run.parent == self.runs.resolve():
                 self.resumed_run = run  # it goes on in its own directory
             self.config = ckpt_path.take_settings(
-                self.checkpoint, command, parser, self.config, self.model_class, self.resumed_run
+                self.checkpoint, command, parser, self.config, self.network, self.resumed_run
             )
         check_values(self.config[command])
         # LightningCLI would load the checkpoint once more, to take over the settings.
@@ -146,8 +146,6 @@ class CLI(LightningCLI):
         given, plugins = (
             part if isinstance(part, list) else [part] if part else [] for part in (config.callbacks, config.plugins)
         )
-        if any(isinstance(plugin, CheckpointIOPlugin) for plugin in plugins):
-            raise UsageError("trainer.plugins: checkpoints are saved and loaded in this project's own way")
         callbacks = self._callbacks(given, config.enable_checkpointing is not False and not config.fast_dev_run)
         if isinstance(config.strategy, str):  # another one may have a timeout of its own
             callbacks.append(processes.Timeout())
@@ -161,8 +159,6 @@ class CLI(LightningCLI):
         plugins = [*plugins, *processes.slurm_without_requeue(plugins), CheckpointIO(type(self.model))]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
         processes.check_launcher(trainer)
-        if fits and not self.checkpoint and hasattr(self.datamodule, "batch_size"):
-            processes.check_batch_size(self.datamodule.batch_size, trainer.world_size)
         return trainer
 
     def _callbacks(self, given: list[pl.Callback], saves: bool) -> list[pl.Callback]:
@@ -171,8 +167,8 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and saves:
             fit = self.config.fit
             self.best_and_last = BestAndLast(fit.checkpoint_every, fit.monitor, fit.mode)
-        first, last = [Checks(self.lock), processes.SeedOfRank()], [FiniteLosses(), self.report]
-        return [*first, *given, *last, *([self.best_and_last] if self.best_and_last else [])]
+        ours = [FiniteLosses(), self.report, *([self.best_and_last] if self.best_and_last else [])]
+        return [Checks(self.lock), *given, *ours]
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then test."""
@@ -233,9 +229,8 @@ def train(*classes: Any, **settings: Any) -> None:
         raise
     except Exception as error:
         if not has_user_code(error):
-            if any(
-                frame.name.lstrip("_").startswith("restore_") for frame in traceback.extract_tb(error.__traceback__)
-            ):
+            frames = traceback.extract_tb(error.__traceback__)
+            if any(re.match(r"_?restore_|load_state_dict", frame.name) for frame in frames):
                 cause = f"{type(error).__name__}: {error}"
                 raise JobError(f"ckpt_path: the checkpoint is not of this program: {cause}") from error
             if isinstance(error, ValueError | TypeError):  # one of Lightning's checks

@@ -114,7 +114,7 @@ class StepWithoutHooks:
         self.trainer = trainer
         self.module, (self.optimizer,) = trainer.lightning_module, trainer.optimizers
         self.counts = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer
-        self.fused = getattr(self.module, "fused_step", None)
+        self.fused: Any = getattr(self.module, "fused_step", None)
         self.is_tried = False
 
     def is_for(self, trainer: Any) -> bool:
@@ -155,9 +155,9 @@ class StepWithoutHooks:
         trainer, optimizer, module = self.trainer, self.optimizer, self.module
         arguments = (batch, batch_idx) if self.takes_index else (batch,)
 
-        def closure() -> Tensor | None:
+        def closure() -> Any:
             with torch.enable_grad():
-                loss = (module if self.is_plain else trainer.strategy).training_step(*arguments)
+                loss: Any = (module if self.is_plain else trainer.strategy).training_step(*arguments)
                 if not isinstance(loss, Tensor):
                     loss = ClosureResult.from_training_step_output(loss).closure_loss
                 optimizer.zero_grad()

@@ -91,30 +91,13 @@ def check_launcher(trainer: pl.Trainer) -> None:
                 f"{trainer.world_size}; give the number of processes on each machine and the number of machines"
             )
     elif trainer.world_size == 1 and variables:
-        rank_zero_only.rank = 0
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
         say(f"{', '.join(variables)} is of another job: this run has one process")
     elif not kind and variables and "MASTER_PORT" not in os.environ:
         raise MisconfigurationException(f"{', '.join(variables)} is of another job: unset it")
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDP):
         raise MisconfigurationException(
             "trainer.strategy: for several processes, give ddp; from a notebook, run the command with !python -m"
-        )
-
-
-def check_batch_size(batch_size: int, world_size: int) -> None:
-    """Refuse to begin a run whose processes cannot share a minibatch equally.
-
-    They would count each example once all the same, as a resumed run's do, which keeps its minibatches.
-
-    Raises:
-        MisconfigurationException: `batch_size` does not divide; the message names the nearest that do.
-    """
-    below = batch_size // world_size * world_size
-    if below != batch_size:
-        nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
-        raise MisconfigurationException(
-            f"data.batch_size is the minibatch of all {world_size} processes together, and {batch_size} does not "
-            f"divide by {world_size}; give {nearest}"
         )
 
 
@@ -133,15 +116,6 @@ class Timeout(pl.Callback):
             # The second is what older versions of PyTorch have.
             set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
             set_timeout(TIMEOUT)
-
-
-class SeedOfRank(pl.Callback):
-    """Lets each process draw random numbers of its own: with one seed, dropout would leave out the same units."""
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the rank to the seed."""
-        if trainer.global_rank:
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
 
 def is_lost(error: Exception) -> bool:

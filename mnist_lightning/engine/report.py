@@ -151,9 +151,10 @@ class Report(pl.Callback):
         results |= {"iterations": trainer.global_step or iteration, "train_seconds": round(self.train_seconds, 3)}
         results |= {"device": trainer.strategy.root_device.type, "precision": str(trainer.precision)}
         results |= {"threads": torch.get_num_threads(), "processes": trainer.world_size}
-        for split, measured in {"val": validated[-1:], "test": [_metrics(trainer, "test")]}.items():
-            if measured and measured[0]:
-                results |= dict(zip((f"{split}/loss", f"{split}/acc"), measured[0], strict=True))
+        if validated:
+            results |= dict(zip(("val/loss", "val/acc"), validated[-1], strict=True))
+        if tested := _metrics(trainer, "test"):
+            results |= dict(zip(("test/loss", "test/acc"), tested, strict=True))
         results["versions"] = {"python": platform.python_version()}
         for name in ("torch", "torchvision", "lightning", PROGRAM.replace("_", "-")):  # what decides a run's results
             with contextlib.suppress(PackageNotFoundError):

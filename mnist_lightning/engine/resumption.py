@@ -30,7 +30,8 @@ class CheckpointConnector(_CheckpointConnector):
         """Lightning's checkpoint, and the random states; all processes have to call it."""
         checkpoint: dict[str, Any] = super().dump_checkpoint(weights_only)
         if not weights_only and self.trainer.state.fn == TrainerFn.FITTING:
-            checkpoint["random_states"] = all_gather_object(self.trainer, self.trainer.fit_loop.random_states())
+            fit_loop: Any = self.trainer.fit_loop
+            checkpoint["random_states"] = all_gather_object(self.trainer, fit_loop.random_states())
         return checkpoint
 
     def restore_model(self) -> None:
@@ -45,7 +46,8 @@ class CheckpointConnector(_CheckpointConnector):
         super().restore_loops()
         states, rank = self._loaded_checkpoint.get("random_states", []), self.trainer.global_rank
         if self.trainer.state.fn == TrainerFn.FITTING and rank < len(states):
-            self.trainer.fit_loop.load_random_states(states[rank])
+            fit_loop: Any = self.trainer.fit_loop
+            fit_loop.load_random_states(states[rank])
 
 
 class FitLoop(_FitLoop):
@@ -76,7 +78,9 @@ class FitLoop(_FitLoop):
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         """Load Lightning's state; an epoch that `max_steps` or a callback has ended early goes on."""
         super().load_state_dict(state_dict, prefix)
-        batches, total, epoch = self.epoch_loop.batch_progress, self.epoch_progress.total, self.epoch_progress.current
+        batches, progress = self.epoch_loop.batch_progress, self.epoch_progress
+        total: Any = progress.total
+        epoch: Any = progress.current
         # Lightning takes it for a whole one, and would begin the next.
         if batches.current.ready and not batches.is_last_batch and epoch.processed == epoch.ready:
             total.processed = total.completed = total.processed - 1
@@ -132,6 +136,7 @@ class FitLoop(_FitLoop):
 
     def _skip(self, batches: _DataFetcher, count: int) -> None:
         """Take so many batches once more, but those of loaders that go on by a state of their own."""
+        assert batches.combined_loader._iterator
         loaders, iterators = batches.combined_loader.flattened, batches.combined_loader._iterator.iterators
         kept = {i: iterators[i] for i, loader in enumerate(loaders) if hasattr(loader, "load_state_dict")}
         if len(kept) == len(loaders):

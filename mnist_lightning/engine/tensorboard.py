@@ -61,7 +61,7 @@ class RunLogger(TensorBoardLogger):
             number += 1
 
     @rank_zero_only
-    def log_graph(self, model: pl.LightningModule, input_array: Any = None) -> None:
+    def log_graph(self, model: Any, input_array: Any = None) -> None:
         """Draw the network's graph from the module's `example_input_array`, if it has one that fits."""
         if input_array is None and model.example_input_array is not None:
             input_array = model.trainer.precision_plugin.convert_input(model.example_input_array)

@@ -44,7 +44,6 @@ WRONG = {
     "fit --trainer.limit_train_batches=0.01": "increase the `limit_train_batches` argument",
     "fit --trainer.limit_test_batches=0.1": "limit_test_batches 0.1 is less than one minibatch",
     "fit --trainer.accelerator=abacus": "You selected an invalid accelerator name",
-    "fit --trainer.devices=3": "100 does not divide by 3; give 99 or 102",
     "fit --trainer.devices=2 --trainer.strategy=ddp_fork": "trainer.strategy: for several processes, give ddp",
     "fit --trainer.strategy=fsdp --trainer.devices=2": "The strategy `fsdp` requires a GPU accelerator",
     "fit --trainer.plugins=lightning.pytorch.plugins.io.TorchCheckpointIO": "trainer.plugins: checkpoints are saved",
