@@ -109,7 +109,7 @@ class BestAndLast(Checkpoint):
 
     def on_step_logged(self, trainer: pl.Trainer) -> None:
         """Save, if it is due. `on_train_batch_end` would be too early: Lightning logs after it."""
-        if trainer.fit_loop._should_accumulate():
+        if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return  # no checkpoint keeps gradients
         step, n = trainer.global_step, self.hooks_every_n_steps
         is_due = n and step // n > self._saved // n

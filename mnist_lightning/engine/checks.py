@@ -21,6 +21,7 @@ class Checks(pl.Callback):
 
     Args:
         lock: Gets the lock; whoever made it gives it back.
+        ckpt_path: The checkpoint that this process has found.
 
     Raises:
         JobError: Another process trains in the directory.
@@ -28,8 +29,8 @@ class Checks(pl.Callback):
             iterations in an epoch or in the schedule of the learning rate, or another optimizer.
     """
 
-    def __init__(self, lock: RunLock) -> None:
-        self.lock = lock
+    def __init__(self, lock: RunLock, ckpt_path: str | None = None) -> None:
+        self.lock, self.ckpt_path = lock, ckpt_path
         self._checkpoint: dict[str, Any] = {}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
@@ -41,7 +42,7 @@ class Checks(pl.Callback):
         self._checkpoint = checkpoint if trainer.state.fn == TrainerFn.FITTING else {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        paths = all_gather_object(trainer, trainer.ckpt_path and str(trainer.ckpt_path))
+        paths = all_gather_object(trainer, self.ckpt_path)
         if len(set(paths)) > 1:
             raise MisconfigurationException(f"ckpt_path: the processes found different checkpoints: {paths}")
 

@@ -168,7 +168,7 @@ class CLI(LightningCLI):
             fit = self.config.fit
             self.best_and_last = BestAndLast(fit.checkpoint_every, fit.monitor, fit.mode)
         ours = [FiniteLosses(), self.report, *([self.best_and_last] if self.best_and_last else [])]
-        return [Checks(self.lock), *given, *ours]
+        return [Checks(self.lock, self.checkpoint and str(self.checkpoint)), *given, *ours]
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then test."""

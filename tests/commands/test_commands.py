@@ -42,7 +42,6 @@ WRONG = {
     "fit --trainer.val_check_interval=0": "trainer.val_check_interval must be above 0",
     "fit --trainer.val_check_interval=12": "`val_check_interval` (12) must be less than or equal to",
     "fit --trainer.limit_train_batches=0.01": "increase the `limit_train_batches` argument",
-    "fit --trainer.limit_test_batches=0.1": "limit_test_batches 0.1 is less than one minibatch",
     "fit --trainer.accelerator=abacus": "You selected an invalid accelerator name",
     "fit --trainer.devices=2 --trainer.strategy=ddp_fork": "trainer.strategy: for several processes, give ddp",
     "fit --trainer.strategy=fsdp --trainer.devices=2": "The strategy `fsdp` requires a GPU accelerator",
