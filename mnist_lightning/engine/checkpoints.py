@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +20,7 @@ from torch import Tensor
 from .checkpoint_file import load_checkpoint, save_checkpoint, write_whole
 from .console import JobError, Stopped, command_line, rank, say
 from .processes import all_reduce_max
-from .runs import run_directory
+from .runs import CheckpointError, run_directory
 
 
 class NotFiniteError(JobError, FloatingPointError):
@@ -53,7 +54,19 @@ class CheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Load a checkpoint by `checkpoint_file.load_checkpoint`: tensors and plain values only, to the CPU."""
-        return load_checkpoint(Path(path), self.module_class)
+        if not torch.distributed.is_initialized():
+            return load_checkpoint(Path(path), self.module_class)
+        # The first process reads for all: the others may be on machines that do not have the file.
+        found: list[Any] = [None]
+        if rank() == 0:
+            try:
+                found = [load_checkpoint(Path(path), self.module_class)]
+            except CheckpointError as error:
+                found = [error]
+        torch.distributed.broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return dict(found[0])
 
 
 class BestAndLast(Checkpoint):
@@ -80,7 +93,7 @@ class BestAndLast(Checkpoint):
         self.monitor = monitor
         self._sign = 1 if mode == "max" else -1
         self._best: float | None = None  # before the first validation
-        self._improved = False
+        self._improved = self._is_validated = False
         self._saved = 0
         self._signum = 0
         self._handlers: dict[int, Any] = {}
@@ -92,7 +105,8 @@ class BestAndLast(Checkpoint):
         self._best = state_dict["best"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved, self._improved, self._signum = trainer.global_step, False, 0
+        self._saved, self._signum = trainer.global_step, 0
+        self._improved = self._is_validated = False
         best, last = self.path(trainer, "best"), self.path(trainer, "last")
         # The first process looks, for all: they save together.
         best_exists, last_exists = trainer.strategy.broadcast((best.exists(), last.exists()))
@@ -121,7 +135,7 @@ class BestAndLast(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        metrics = trainer.callback_metrics
+        metrics, self._is_validated = trainer.callback_metrics, True
         if self.monitor in metrics:
             # The first process decides, for all: they save together, and may not have the same value.
             value = self._sign * trainer.strategy.broadcast(metrics[self.monitor].item())
@@ -142,7 +156,7 @@ class BestAndLast(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._give_signals_back()
         self._stop_if_asked(trainer)
-        if self._best is None and trainer.val_dataloaders is not None:
+        if self._best is None and self._is_validated:
             logged = ", ".join(sorted(map(str, trainer.callback_metrics))) or "none"
             say(f"There is no best.ckpt: {self.monitor} was not logged; give --monitor one of: {logged}")
 

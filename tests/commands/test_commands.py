@@ -45,7 +45,6 @@ WRONG = {
     "fit --trainer.accelerator=abacus": "You selected an invalid accelerator name",
     "fit --trainer.devices=2 --trainer.strategy=ddp_fork": "trainer.strategy: for several processes, give ddp",
     "fit --trainer.strategy=fsdp --trainer.devices=2": "The strategy `fsdp` requires a GPU accelerator",
-    "fit --trainer.plugins=lightning.pytorch.plugins.io.TorchCheckpointIO": "trainer.plugins: checkpoints are saved",
     "fit --trainer.callbacks=EarlyStopping": "trainer.callbacks: the following arguments are required: monitor",
     "fit --trainer.callbacks=EarlyStopping --trainer.callbacks.monitr=x": "Option 'monitr' is not accepted",
     "fit --trainer.callbacks=EarlyStopping --trainer.callbacks.monitor=x --trainer.callbacks.mode=y": "`mode` can be",
@@ -80,13 +79,6 @@ def test_wrong_commands(run_cli: RunCLI, tmp_path: Path, capfd: pytest.CaptureFi
     assert err.count("\n") == 1
     assert WRONG[command] in err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.xfail(reason="in a config file it is ignored without a word", strict=True)
-def test_there_is_one_seed(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("seed.yaml").write_text("data:\n  seed: 5\n")
-    assert run_cli("fit", *SHORT, "--config=seed.yaml") == 2
-    assert "seed_everything" in capsys.readouterr().err
 
 
 def test_damaged_data_fails_before_there_is_a_run(
@@ -147,18 +139,6 @@ def test_a_test_says_what_was_trained_on_what(
     assert (found["dataset"], found["iterations"]) == ("MNIST", 11)
     assert "val/acc" not in found
     assert steps(run, "test/acc") == [10]
-
-
-@pytest.mark.xfail(reason="only the Trainer's and the data's paths know it", strict=True)
-@pytest.mark.parametrize("arguments", [["--config=~/a.yaml"], ["--figure=~/digits.png"]], ids=lambda each: each[0])
-def test_a_tilde_is_the_home_directory(
-    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/a.yaml").write_text("figure: home/digits.png\n")
-    assert run_cli("data", *arguments) == 0
-    assert (tmp_path / "home/digits.png").exists()
 
 
 @pytest.mark.parametrize(("name", "opens"), [("/usr/bin/w3m", False), ("lynx", False), ("firefox", True)])

@@ -117,10 +117,7 @@ def script(directory: Path, place: str) -> Path:
     return path
 
 
-ONE_LINE = pytest.mark.xfail(reason="jsonargparse makes a line of it, without file and place", strict=True)
-
-
-@pytest.mark.parametrize("place", [*list(BUGS)[:-1], pytest.param("callback", marks=ONE_LINE)])
+@pytest.mark.parametrize("place", list(BUGS)[:-1])  # jsonargparse makes a line of one in a callback it is to make
 def test_a_users_bug_keeps_its_place(
     run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

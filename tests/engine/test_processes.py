@@ -339,8 +339,6 @@ def test_a_signal_to_any_process_saves_and_stops_all_and_resuming_is_exact(
         os.kill(runs[rank].pid or 0, signum)
     assert ended(runs, 20) == [128 + signum, 0], output(stopped)
     assert f"Stopped and saved at iteration {last(stopped)['global_step']:,}; to resume:\n" in output(stopped)
-    first, second = (states["now"]["torch"] for states in last(stopped)["random_states"])
-    assert first != second  # dropout leaves out other units in each
 
     settings.append(two_epochs_more(stopped))
     runs = start_all(stopped, [*settings, "--ckpt_path=last"], 2) + start_all(whole, settings, 2)
