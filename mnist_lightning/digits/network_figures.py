@@ -137,14 +137,14 @@ def draw_attributions(network: nn.Module, examples: Examples, mistakes: Tensor, 
     sums = [f"{a:+.1f} {b:+.1f} = {a + b:+.1f}" for a, b in zip(values.flatten(1).sum(1), constants, strict=True)]
     rows = zip(true, predicted, sums if is_linear else ["no exact sum"] * len(sums), strict=True)
     titles = [f"True: {label}, Pred: {other}\n{text}" for label, other, text in rows]
-    pictures, word = plots.as_pictures(images), "ink"
+    pictures, ink, term = plots.as_pictures(images), " ink", "ink"
     opacities, shape = pictures.flatten(1), pictures.shape[1:3]
     if pictures.ndim == 4:  # in colour
-        values, word = values.sum(1 if images.shape[1] == 3 else 3), "colour"
+        values, ink, term = values.sum(1 if images.shape[1] == 3 else 3), "", "pixels"
         opacities = (values.abs() / values.abs().amax((1, 2), keepdim=True).clamp(min=1e-9)).flatten(1)
     rgba = interpretation.color_by_attribution(opacities, values.flatten(1)).unflatten(1, shape)
-    caption = f"{word} + constant = predicted minus true logit" if is_linear else "gradient times input"
-    legend = f"blue (dark) {word} is for the prediction, orange (light) against it"
+    caption = f"{term} + constant = predicted minus true logit" if is_linear else "gradient times input"
+    legend = f"blue (dark){ink} is for the prediction, orange (light) against it"
     return plots.digit_grid(rgba, titles, f"{name}: attributions\n{legend}\n{caption}")
 
 

@@ -62,8 +62,8 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
     """
     images, lines = as_pictures(images[:9]), 1 + max([0, *(title.count("\n") for title in titles)])
     high, wide = images.shape[1:3]
-    margin = math.ceil(wide / SIDE)
-    above = margin * (2 + 3 * lines)  # pixels of an image's title
+    scale = wide / SIDE
+    margin, above = max(1, round(scale)), round(scale * (2 + 3 * lines))  # pixels beside an image, and of its title
     heading_height = 0.24 * (1 + heading.count("\n")) + 0.1  # inches
     height = heading_height + 5 * (high + above) / (wide + 2 * margin)
     figure = Figure(figsize=(5, height))
@@ -79,7 +79,7 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
         axes.set(xlim=(-0.5, grid.shape[1] - 0.5), ylim=(3 * (high + above) - 0.5, -0.5))
         for index, title in enumerate(titles[: len(images)]):
             x = index % 3 * (wide + 2 * margin) + margin + (wide - 1) / 2
-            y = index // 3 * (high + above) + above - 1.5 * margin
+            y = index // 3 * (high + above) + above - 1.5 * scale
             axes.text(x, y, title, ha="center", va="bottom", fontsize=10)
     else:
         axes.text(0.5, 0.6, "none", ha="center", va="center", color="gray", fontsize=16)
