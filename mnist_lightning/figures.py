@@ -18,9 +18,8 @@ from mnist_lightning.engine.runs import run_directory
 class Figures(pl.Callback):
     """Draws figures to `figures/*.png` and to the loggers. Lightning calls the `on_...` hooks of a `Callback`.
 
-    An accuracy does not say whether the network is to blame for a mistake, or the handwriting: look at them. Figures are
-    drawn for any module whose `test_step` returns logits, (B, C), of images in grey or in colour. For what cannot be
-    drawn, a line says why.
+    An accuracy does not say whether the network is to blame for a mistake, or the handwriting: look at them. Any module
+    will do whose `test_step` returns logits, (B, C), of images in grey or in colour; a line says what is left out.
 
     Args:
         misclassified: Which nine of the misclassified images to show: the first of the test file (`file_order`), or

@@ -196,7 +196,10 @@ OTHERS: dict[str, tuple[type[Foreign], tuple[int, ...], int, set[str], list[str]
 @pytest.mark.figures
 @pytest.mark.parametrize("loaders", [1, 2])
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_data_and_networks(name: str, loaders: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_and_networks(
+    name: str, loaders: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "confusion_matrix", matrix := Mock(wraps=plots.confusion_matrix))
     kind, shape, classes, drawn, said = OTHERS[name]
     images = torch.randn(40, *shape)  # as after a normalization
     data = DataLoader(TensorDataset(images, torch.arange(40) % classes), batch_size=9)
@@ -206,6 +209,7 @@ def test_other_data_and_networks(name: str, loaders: int, tmp_path: Path, capsys
     said = ["The figures are of the first test loader"] * (loaders > 1 and name != "no logits") + said
     assert [line[: len(expected)] for line, expected in zip(out, said, strict=True)] == said
     assert {path.stem for path in tmp_path.glob("figures/*.png")} == drawn
+    assert [int(call.args[0].sum()) for call in matrix.call_args_list] == [40] * bool(drawn)
 
 
 class Pictures(CSVLogger):
@@ -261,6 +265,38 @@ def test_digit_grids_of_any_size(count: int, tmp_path: Path) -> None:
         assert grid is not None
         shown = grid[row * 33 + 5 : (row + 1) * 33, column * 30 + 1 : column * 30 + 29]
         assert (shown == image.view(28, 28).numpy()).all(), index
+
+
+@pytest.mark.parametrize(
+    ("images", "drawn"),
+    [
+        (torch.rand(2, 9), (2, 3, 3)),
+        (torch.rand(2, 4, 5), (2, 4, 5)),
+        (torch.rand(2, 1, 4, 5, dtype=torch.half), (2, 4, 5)),
+        (torch.rand(2, 3, 4, 5) * 9 - 4, (2, 4, 5, 3)),
+        (torch.randint(9, (2, 4, 5, 3)), (2, 4, 5, 3)),
+        (torch.rand(2, 3, 4, 4), (2, 4, 4, 3)),
+        (torch.rand(0, 9), (0, 3, 3)),
+        (torch.rand(2, 8), None),
+        (torch.rand(2, 2, 4, 5), None),
+        (torch.rand(2, 1, 1, 4, 5), None),
+    ],
+    ids=lambda each: str(tuple(each.shape)) if isinstance(each, Tensor) else "",
+)
+def test_pictures_of_any_images(images: Tensor, drawn: tuple[int, ...] | None) -> None:
+    if drawn is None:
+        with pytest.raises(ValueError, match=r"are no images"):
+            plots.as_pictures(images)
+        return
+    pictures = plots.as_pictures(images)
+    assert pictures.shape == drawn
+    if len(images):
+        low, high = (0, 1) if images.max() > 1 else (images.min(), images.max())
+        assert (pictures.min(), pictures.max()) == (low, high)
+
+
+def test_bytes_are_not_brightened() -> None:
+    assert plots.as_pictures(torch.full((1, 4), 51, dtype=torch.uint8)).flatten().tolist() == pytest.approx([0.2] * 4)
 
 
 @pytest.mark.figures
