@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer, datamodule
-from mnist_lightning.digits import plots
+from mnist_lightning.digits import network_figures, plots
 from mnist_lightning.digits.predictions import PredictionWriter
 from mnist_lightning.figures import Figures
 
@@ -200,6 +200,8 @@ def test_other_data_and_networks(
     name: str, loaders: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plots, "confusion_matrix", matrix := Mock(wraps=plots.confusion_matrix))
+    projects = network_figures.add_to_projector
+    monkeypatch.setattr(network_figures, "add_to_projector", projected := Mock(wraps=projects))
     kind, shape, classes, drawn, said = OTHERS[name]
     images = torch.randn(40, *shape)  # as after a normalization
     data = DataLoader(TensorDataset(images, torch.arange(40) % classes), batch_size=9)
@@ -210,6 +212,7 @@ def test_other_data_and_networks(
     assert [line[: len(expected)] for line, expected in zip(out, said, strict=True)] == said
     assert {path.stem for path in tmp_path.glob("figures/*.png")} == drawn
     assert [int(call.args[0].sum()) for call in matrix.call_args_list] == [40] * bool(drawn)
+    assert [len(call.args[2].images) for call in projected.call_args_list] == [40] * bool(drawn)
 
 
 class Pictures(CSVLogger):

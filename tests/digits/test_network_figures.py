@@ -116,7 +116,7 @@ def test_the_caption_says_whether_it_adds_up(
     assert ("gradient times input" in heading) is isinstance(activation, nn.GELU)
 
 
-def test_it_is_drawn_where_it_is_asked_for(run_cli: RunCLI, tmp_path: Path) -> None:
+def test_it_is_drawn_where_it_is_asked_for(run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--trainer.max_epochs=1", "--model.hidden_dim=9"]
     assert run_cli("fit", *settings, "--figures.network=false") == 0
     names = {path.stem for path in (newest_run(tmp_path) / "figures").iterdir()}
@@ -126,6 +126,7 @@ def test_it_is_drawn_where_it_is_asked_for(run_cli: RunCLI, tmp_path: Path) -> N
         run = newest_run(tmp_path)
         assert (run / "figures").exists() is (setting == "--test_after_fit=false")  # the distortions
         assert not (run / "projector_config.pbtxt").exists()
+        assert "No figure" not in capsys.readouterr().out
 
 
 def test_the_projector_gets_the_last_hidden_activations(run_cli: RunCLI, tmp_path: Path, root: Path) -> None:
