@@ -31,13 +31,23 @@ NO_PROBABILITIES = "predict_step does not return probabilities, (B, classes)"
     [
         (lambda batch: batch.softmax(1), 1, ["predictions.csv"], "Predicted 7 digits"),
         (lambda batch: batch.softmax(1), 2, ["predictions_0.csv", "predictions_1.csv"], "Predicted 7 digits"),
-        (lambda batch: batch, 1, [], f"No predictions.csv: {NO_PROBABILITIES}"),
+        (lambda batch: batch.exp(), 1, [], f"No predictions.csv: {NO_PROBABILITIES}"),
+        (lambda batch: batch - batch.mean(1, True) + 1 / 4, 1, [], f"No predictions.csv: {NO_PROBABILITIES}"),
         (lambda batch: batch.softmax(1)[:, :, None], 1, [], f"No predictions.csv: {NO_PROBABILITIES}"),
         (lambda batch: batch.argmax(1), 2, [], f"No predictions_1.csv: {NO_PROBABILITIES}"),
         (lambda batch: {"digit": batch}, 1, [], f"No predictions.csv: {NO_PROBABILITIES}"),
         (lambda batch: None, 1, [], f"No predictions.csv: {NO_PROBABILITIES}"),
     ],
-    ids=["one loader", "two loaders", "logits", "three dimensions", "classes", "dictionary", "nothing"],
+    ids=[
+        "one loader",
+        "two loaders",
+        "no sums of 1",
+        "below 0",
+        "three dimensions",
+        "classes",
+        "dictionary",
+        "nothing",
+    ],
 )
 def test_predictions_of_any_module(
     step: Callable[[Tensor], Any],
