@@ -3,7 +3,7 @@
 import gc
 import sys
 
-from mnist_lightning.commands import COMMANDS
+from mnist_lightning.commands import commands_for
 from mnist_lightning.engine.console import run_command, without_garbage_collector
 
 
@@ -11,8 +11,8 @@ def main(*classes: type) -> int:
     """Run the command line; return its exit code. It leaves the process as it was, and can be called again.
 
     Args:
-        *classes: Subclasses of `MNISTClassifier` and `MNISTDataModule` to train in place of these. They have only
-            the commands of `LightningCLI`: `fit`, `validate`, `test` and `predict`.
+        *classes: Subclasses of `MNISTClassifier` and `MNISTDataModule` to train in place of these. They have the
+            commands of `LightningCLI`, `fit`, `validate`, `test` and `predict`; `data` is MNIST's.
     """
 
     def train() -> None:
@@ -28,7 +28,7 @@ def main(*classes: type) -> int:
         ]
         cli.train(*chosen, [PredictionWriter()], {"figures": Figures}, threads=0 if classes else 1)
 
-    return run_command(train, {} if classes else COMMANDS, "Train a two-layer network to classify handwritten digits.")
+    return run_command(train, commands_for(classes), "Train a two-layer network to classify handwritten digits.")
 
 
 def run(*classes: type) -> None:

@@ -1,14 +1,14 @@
 """The commands without a Trainer: `data`, `read` for pictures, `demo` and `export`. They start without Lightning."""
 
-import contextlib
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
-from mnist_lightning.engine.console import UsageError, printable, say, without_garbage_collector
+from mnist_lightning.engine.console import Command, UsageError, printable, say, without_garbage_collector
 from mnist_lightning.engine.parser import Parser
 from mnist_lightning.engine.runs import RUNS, CheckpointError, find_checkpoint
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mnist_lightning.model import MLP
 
 VAL_SIZE = 5000  # what `MNISTDataModule` holds out for validation by default
-
-TEXT_BROWSERS = {"www-browser", "links", "elinks", "lynx", "w3m"}  # those that Python's `webbrowser` looks for
 
 
 def data(arguments: list[str]) -> None:
@@ -35,20 +33,20 @@ def data(arguments: list[str]) -> None:
     root = Path(config.data.root)
     raw = files.get(config.data.dataset, root)
     name = files.describe(config.data.dataset, root, raw)["dataset_name"]
-    (images, labels), test = idx.load(raw, "train"), idx.load(raw, "t10k")
+    images, labels = idx.load(raw, "train")
     held_out = config.data.val_size
     if not 1 <= held_out < len(labels):
         raise UsageError(f"data.val_size must be 1 to {len(labels) - 1:,} of the training file, not {held_out:,}")
-    train, val = (images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out])
+    train, valid = (images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out])
     say(f"Dataset: {name}")
-    for split, (images, labels) in {"Training": train, "Validation": val, "Test": test}.items():
-        say(f"{split}: {len(labels):,} digits, images {tuple(images.shape)}, labels {tuple(labels.shape)}")
-    say("First five validation labels, one-hot:")
-    for label in val[1][:5].long():
+    for split, (x, y) in {"train": train, "valid": valid, "test": idx.load(raw, "t10k")}.items():
+        say(f"{split}: {len(y):,} digits, x_{split} {tuple(x.shape)}, y_{split} {tuple(y.shape)}")
+    say("Shapes: a row of x is an image, its columns are the 28 x 28 pixels, row by row; y has a label for each image")
+    say("One-hot labels, y_valid[:5]: a 1 at the digit's place, and 0 at the others")
+    for label in valid[1][:5].long():
         say(f"  {label}: {' '.join(map(str, F.one_hot(label, CLASSES).tolist()))}")
-    images, labels = train[0][:9].float() / 255, train[1][:9]
-    titles = [f"True: {label}" for label in labels]
-    plots.digit_grid(images, titles, f"{name}: training digits").savefig(config.figure, dpi=120)
+    titles = [f"True: {label}" for label in train[1][:9]]
+    plots.digit_grid(train[0][:9], titles, f"{name}: training digits").savefig(config.figure, dpi=120)
     say(f"Figure: {config.figure}")
 
 
@@ -114,11 +112,11 @@ def demo(arguments: list[str]) -> None:
     config = parser.parse_args(["--open=false" if argument == "--no-open" else argument for argument in arguments])
     mlp, trained_on = _network(config.ckpt_path, config.runs)
     with without_garbage_collector():
-        from mnist_lightning.share.demo import page
+        from mnist_lightning.share.demo import open_page, page
     output = Path(config.output)
     output.write_text(page(mlp, trained_on), encoding="utf-8")
     say(f"Page: {output}, {output.stat().st_size / 1e6:.1f} MB")
-    if config.open and not _open(output):
+    if config.open and not open_page(output):
         say("No graphical browser was found; open the file in one")
 
 
@@ -141,17 +139,33 @@ def export_network(arguments: list[str]) -> None:
     say(f"Read back: the logits of {len(pixels):,} test digits differ from PyTorch's by {difference:.1e} at most")
 
 
-def _open(page: Path) -> bool:
-    """Open a page in a browser, but not in a text browser, which takes over the terminal and runs no scripts."""
-    import webbrowser
+COMMANDS: dict[str, Command] = {"data": data, "read": read, "demo": demo, "export": export_network}
 
-    name = ""
-    with contextlib.suppress(webbrowser.Error):  # there is none
-        name = Path(getattr(webbrowser.get(), "name", "")).name
-    return name not in TEXT_BROWSERS and webbrowser.open(page.resolve().as_uri())
+# Why they are not there for classes of the user's.
+ONLY_HERE = {
+    "data": "only for the files of MNISTDataModule itself; `fit` gets and reads those of another data module",
+    "read": "only for the shipped network; `predict` classifies the images of your predict_dataloader",
+    "demo": "only for the shipped network, whose two layers the page computes by itself",
+    "export": "only for the shipped network; `torch.onnx.export` writes another one",
+}
 
 
-COMMANDS = {"data": data, "read": read, "demo": demo, "export": export_network}
+def commands_for(classes: Sequence[type]) -> Mapping[str, Command]:
+    """The commands, or where the user's classes are trained, errors that say why these are not there for them."""
+
+    def without(name: str) -> Command:
+        def refuse(_: list[str]) -> None:
+            raise UsageError(f"{name}: {ONLY_HERE[name]}")
+
+        refuse.__doc__ = f"Not here: {ONLY_HERE[name]}"
+        return refuse
+
+    if not classes:
+        return COMMANDS
+    from mnist_lightning.datamodule import MNISTDataModule
+
+    refused = {name: without(name) for name in COMMANDS}
+    return refused if any(issubclass(each, MNISTDataModule) for each in classes) else refused | {"data": data}
 
 
 def _parser(name: str, description: str) -> Parser:

@@ -72,6 +72,8 @@ class MNISTDataModule(DeviceDataModule):
 
     def train_dataloader(self) -> DeviceLoader:
         """The training split in minibatches, reshuffled in each epoch."""
+        # An epoch takes each image once, in 55,000 / 100 = 550 iterations, and each of these improves the weights: a
+        # hundred images tell the direction nearly as well as all, and 550 steps go further than one.
         # The same in less time as: DataLoader(TensorDataset(images / 255, labels), self.batch_size, shuffle=True)
         return self.loader(*self.train, self.batch_size, shuffle_seed=self.seed, augmentation=self.distortions)
 

@@ -4,87 +4,78 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from mnist_lightning.digits import network_figures, plots
-from mnist_lightning.engine.data import uniform_noise
+from mnist_lightning.datamodule import MNISTDataModule
+from mnist_lightning.digits import network_figures, plots, run_figures
+from mnist_lightning.digits.examples import DRAWN, Collector, join
+from mnist_lightning.digits.network_figures import or_say
+from mnist_lightning.engine.console import say
 from mnist_lightning.engine.processes import gather_parts
-from mnist_lightning.engine.report import report, save_figures
+from mnist_lightning.engine.report import data_name, report, save_figures
 from mnist_lightning.engine.runs import run_directory
-from mnist_lightning.model import CLASSES
 
 
 class Figures(pl.Callback):
-    """Draws figures to TensorBoard and to `figures/*.png`. Lightning calls the `on_...` hooks of a `Callback`.
+    """Draws figures to `figures/*.png` and to the loggers. Lightning calls the `on_...` hooks of a `Callback`.
+
+    An accuracy does not say whether the network is to blame for a mistake, or the handwriting: look at them. Any module
+    will do whose `test_step` returns logits, (B, C), of images in grey or in colour; a line says what is left out.
 
     Args:
-        misclassified: Which nine of the misclassified digits to show: the first of the test file (`file_order`), or
+        misclassified: Which nine of the misclassified images to show: the first of the test file (`file_order`), or
             those that the network was most confident about (`confidence`).
-        interpretation: Draw weights of hidden units, and attributions of misclassified digits.
+        network: Draw the network's layers, weights of hidden units, and attributions of misclassified digits.
         projector: Show 1,000 test digits in TensorBoard's projector, by the activations of the last hidden layer.
+        enabled: Draw figures at all.
     """
 
     def __init__(
         self,
         misclassified: Literal["file_order", "confidence"] = "file_order",
-        interpretation: bool = True,
+        network: bool = True,
         projector: bool = False,
+        enabled: bool = True,
     ) -> None:
-        self.misclassified, self.interpretation, self.projector = misclassified, interpretation, projector
+        self.misclassified, self.network, self.projector, self.enabled = misclassified, network, projector, enabled
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw five training digits beside distorted copies, where there are distortions."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if data.distortions is None or trainer.global_step or run_directory(trainer) is None:
-            return
-        images = data.train[0][:5].float() / 255
-        copies = images.repeat_interleave(9, dim=0)
-        noise = uniform_noise(len(copies), data.distortions.draws, data.seed)
-        distorted = data.distortions(copies, noise).reshape(len(images), 9, -1)
-        figure = plots.distorted_digits(images, distorted, f"{data.dataset_name}: training digits")
-        save_figures({"distortions": figure}, trainer)
+        if self.enabled and not trainer.global_step and getattr(data, "distortions", None):
+            with or_say("No figure distortions.png"):
+                save_figures(run_figures.draw_distortions(data, data_name(trainer)), trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the logits of an earlier test, which may have been interrupted."""
-        self._logits: list[Tensor] = []
+        """Forget an earlier test, which may have been interrupted."""
+        self._collector = Collector(self.misclassified == "confidence", keeps_first=self.projector)
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
-        """Keep `outputs`, the logits, (B, 10), that `test_step` returned, of all processes."""
-        self._logits.append(gather_parts(trainer, outputs))
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, _: int, loader: int = 0
+    ) -> None:
+        """Keep `outputs`, the logits, (B, C), that `test_step` returned, as predictions, and the images to draw."""
+        if self.enabled and loader == 0:
+            self._collector.add(outputs, batch)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw correct and misclassified digits, the confusion matrix, the curves, and what tells of the network."""
-        logits = torch.cat(self._logits).cpu().float()
-        if run_directory(trainer) is None:
+        """Draw the curves, the confusion matrix, correct and misclassified digits, and what tells of the network."""
+        parts, name = gather_parts(trainer, self._collector.parts), data_name(trainer)
+        if not self.enabled or run_directory(trainer) is None:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        images, labels = data.test[0][: len(logits)], data.test[1][: len(logits)].long()
-        confidences, predictions = logits.softmax(dim=1).max(dim=1)
-        correct, mistakes = (mask.nonzero().squeeze(1) for mask in (predictions == labels, predictions != labels))
-        if self.misclassified == "confidence":
-            mistakes = mistakes[confidences[mistakes].argsort(descending=True, stable=True)]
-
-        def digits(which: Tensor, heading: str) -> Figure:
-            which = which[:9]
-            titles = [f"True: {labels[i]}, Pred: {predictions[i]}" for i in which]
-            return plots.digit_grid(images[which].float() / 255, titles, f"{data.dataset_name}\n{heading}")
-
-        counts = multiclass_confusion_matrix(predictions, labels, num_classes=CLASSES)
-        order = {"file_order": "first in the file", "confidence": "most confident first"}[self.misclassified]
-        heading = f"{data.dataset_name}\nconfusion matrix of {len(labels):,} test digits"
-        figures = {
-            "correct": digits(correct, f"{len(correct):,} correct test digits, first in the file"),
-            "misclassified": digits(mistakes, f"{len(mistakes):,} misclassified test digits, {order}"),
-            "confusion_matrix": plots.confusion_matrix(counts, heading),
-        }
-        history = report(trainer)
-        if history and history.train:
-            train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (history.train, history.val))
-            figures["training_curves"] = plots.training_curves(train, val, f"{data.dataset_name}: training curves")
-        if self.interpretation:
-            figures |= network_figures.draw(pl_module, data, predictions, mistakes)
-        save_figures(figures, trainer)
-        if self.projector:
-            network_figures.add_to_projector(trainer, pl_module, data, predictions)
+        history, by_confidence = report(trainer), self.misclassified == "confidence"
+        with or_say("No figure training_curves.png"):
+            if history and history.train:
+                train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (history.train, history.val))
+                curves = plots.training_curves(train, val, f"{name}: training curves")
+                save_figures({"training_curves": curves}, trainer)
+        with or_say("No figures of the test"):
+            examples = join(parts)
+            if len(trainer.num_test_batches) > 1:
+                say("The figures are of the first test loader")
+            are_digits = type(trainer.datamodule) is MNISTDataModule  # type: ignore[attr-defined]
+            save_figures(run_figures.draw_test(examples, by_confidence, name, are_digits), trainer)
+            if self.network:
+                mistakes = examples.mistakes(by_confidence)[:DRAWN]
+                save_figures(network_figures.draw(pl_module, examples, mistakes, name), trainer)
+            with or_say("Nothing in the projector"):
+                if self.projector:
+                    network_figures.add_to_projector(trainer, pl_module, examples)

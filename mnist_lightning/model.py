@@ -9,7 +9,8 @@ CLASSES = 10
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron (MLP) with one hidden layer. It takes an image as a row of pixels, not as a square.
+    """A multilayer perceptron (MLP) with one hidden layer. An image is a row of pixels, not a square, since
+    a layer multiplies its matrix W by a vector x.
 
     Weights come from a normal distribution truncated at two standard deviations, as TensorFlow truncates it; biases
     start at 0.

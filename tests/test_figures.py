@@ -2,10 +2,12 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -14,10 +16,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, Trainer, datamodule
-from mnist_lightning.digits import plots
+from mnist_lightning.digits import network_figures, plots
 from mnist_lightning.digits.predictions import PredictionWriter
 from mnist_lightning.figures import Figures
 
@@ -114,6 +117,142 @@ def test_one_that_broke_off_leaves_nothing_to_the_next(
     assert [row[:2] for row in rows] == [[str(image), str(digit)] for image, digit in enumerate(digits)]
 
 
+def on_cpu(logger: Any, *callbacks: Callback) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[*callbacks],
+        max_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+
+
+class Foreign(pl.LightningModule):
+    """Another network on other data, without a name."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self(batch[0])
+
+
+class ReturnsNothing(Foreign):
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("test/loss", self(batch[0]).mean())
+
+
+class OnlySteps(Foreign):
+    """It has no `forward`."""
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return super().forward(batch[0])
+
+    forward = pl.LightningModule.forward
+
+
+GRIDS = {"confusion_matrix", "correct", "misclassified"}
+NO_WEIGHTS = "No figure weights.png: the first layer is not a Linear layer of 784 pixels"
+OTHERS: dict[str, tuple[type[Foreign], tuple[int, ...], int, set[str], list[str]]] = {
+    "like MNIST": (Foreign, (1, 28, 28), 10, GRIDS | {"network", "weights", "attributions"}, []),
+    "in colour": (Foreign, (3, 32, 32), 3, GRIDS | {"network", "attributions"}, [NO_WEIGHTS]),
+    "many classes": (Foreign, (50, 40), 30, GRIDS | {"network", "attributions"}, [NO_WEIGHTS]),
+    "no images": (
+        Foreign,
+        (20,),
+        2,
+        {"confusion_matrix", "network"},
+        [
+            "No figures of correct and misclassified images: tensors of the shape (20,) are no images",
+            NO_WEIGHTS,
+            "No figures of the network: tensors of the shape (20,) are no images",
+            "Nothing in the projector: tensors of the shape (20,) are no images",
+        ],
+    ),
+    "no logits": (
+        ReturnsNothing,
+        (784,),
+        10,
+        set(),
+        ["No figures of the test: test_step returns no logits, (B, classes), but NoneType"],
+    ),
+    "no forward": (
+        OnlySteps,
+        (784,),
+        10,
+        GRIDS,
+        ["No figures of the network: NotImplementedError: ", "Nothing in the projector: NotImplementedError: "],
+    ),
+}
+
+
+@pytest.mark.figures
+@pytest.mark.parametrize("loaders", [1, 2])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_data_and_networks(
+    name: str, loaders: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "confusion_matrix", matrix := Mock(wraps=plots.confusion_matrix))
+    projects = network_figures.add_to_projector
+    monkeypatch.setattr(network_figures, "add_to_projector", projected := Mock(wraps=projects))
+    kind, shape, classes, drawn, said = OTHERS[name]
+    images = torch.randn(40, *shape)  # as after a normalization
+    data = DataLoader(TensorDataset(images, torch.arange(40) % classes), batch_size=9)
+    trainer = on_cpu(CSVLogger(tmp_path, "", ""), Figures(projector=True))
+    trainer.test(kind(shape, classes), [data] * loaders if loaders > 1 else data, verbose=False)
+    out = capsys.readouterr().out.splitlines()
+    said = ["The figures are of the first test loader"] * (loaders > 1 and name != "no logits") + said
+    assert [line[: len(expected)] for line, expected in zip(out, said, strict=True)] == said
+    assert {path.stem for path in tmp_path.glob("figures/*.png")} == drawn
+    assert [int(call.args[0].sum()) for call in matrix.call_args_list] == [40] * bool(drawn)
+    assert [len(call.args[2].images) for call in projected.call_args_list] == [40] * bool(drawn)
+
+
+class Pictures(CSVLogger):
+    """A logger that takes images as W&B's does."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.taken: dict[str, tuple[list[bytes], int]] = {}
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        assert step is not None
+        self.taken[key] = [Path(image).read_bytes() for image in images], step
+
+
+class Refuses(Pictures):
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        raise ConnectionError("no network\nno such host")
+
+
+def test_loggers_that_take_images_get_them(
+    data: MNISTDataModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loggers = [Pictures(tmp_path, "", ""), Refuses(tmp_path / "other"), CSVLogger(tmp_path / "third")]
+    trainer = on_cpu(loggers, Figures(network=False))
+    trainer.fit(model := MNISTClassifier(8), datamodule=data)
+    trainer.test(model, datamodule=data, verbose=False)
+    pngs = {f"figures/{name}": ([(tmp_path / f"figures/{name}.png").read_bytes()], 10) for name in GRIDS}
+    assert loggers[0].taken == pngs  # type: ignore[attr-defined]
+    assert capsys.readouterr().out.splitlines() == ["No pictures in Refuses: no network"]
+
+
+def test_whatever_goes_wrong_is_a_line(
+    data: MNISTDataModule, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "confusion_matrix", Mock(side_effect=KeyError("x")))
+    trainer = on_cpu(CSVLogger(tmp_path, "", ""), Figures())
+    trainer.test(MNISTClassifier(8), datamodule=data, verbose=False)
+    assert capsys.readouterr().out.splitlines() == ["No figures of the test: KeyError: 'x'"]
+
+
 @pytest.mark.figures
 @pytest.mark.parametrize("count", [0, 1, 9, 12])
 def test_digit_grids_of_any_size(count: int, tmp_path: Path) -> None:
@@ -129,6 +268,38 @@ def test_digit_grids_of_any_size(count: int, tmp_path: Path) -> None:
         assert grid is not None
         shown = grid[row * 33 + 5 : (row + 1) * 33, column * 30 + 1 : column * 30 + 29]
         assert (shown == image.view(28, 28).numpy()).all(), index
+
+
+@pytest.mark.parametrize(
+    ("images", "drawn"),
+    [
+        (torch.rand(2, 9), (2, 3, 3)),
+        (torch.rand(2, 4, 5), (2, 4, 5)),
+        (torch.rand(2, 1, 4, 5, dtype=torch.half), (2, 4, 5)),
+        (torch.rand(2, 3, 4, 5) * 9 - 4, (2, 4, 5, 3)),
+        (torch.randint(9, (2, 4, 5, 3)), (2, 4, 5, 3)),
+        (torch.rand(2, 3, 4, 4), (2, 4, 4, 3)),
+        (torch.rand(0, 9), (0, 3, 3)),
+        (torch.rand(2, 8), None),
+        (torch.rand(2, 2, 4, 5), None),
+        (torch.rand(2, 1, 1, 4, 5), None),
+    ],
+    ids=lambda each: str(tuple(each.shape)) if isinstance(each, Tensor) else "",
+)
+def test_pictures_of_any_images(images: Tensor, drawn: tuple[int, ...] | None) -> None:
+    if drawn is None:
+        with pytest.raises(ValueError, match=r"are no images"):
+            plots.as_pictures(images)
+        return
+    pictures = plots.as_pictures(images)
+    assert pictures.shape == drawn
+    if len(images):
+        low, high = (0, 1) if images.max() > 1 else (images.min(), images.max())
+        assert (pictures.min(), pictures.max()) == (low, high)
+
+
+def test_bytes_are_not_brightened() -> None:
+    assert plots.as_pictures(torch.full((1, 4), 51, dtype=torch.uint8)).flatten().tolist() == pytest.approx([0.2] * 4)
 
 
 @pytest.mark.figures

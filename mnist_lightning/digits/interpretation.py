@@ -14,11 +14,12 @@ ORANGE_TO_BLUE = ((255, 192, 98), (232, 152, 46), (130, 130, 130), (58, 103, 181
 
 
 def logits_in_double(network: nn.Module, images: Tensor) -> Tensor:
-    """Run a network on images, (N, 784), in double precision on the CPU: (N, 10) logits."""
+    """Run a network on images, (N, ...), in double precision on the CPU: (N, C) logits."""
     tensors = {}
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        tensors[name] = tensor.detach().to("cpu", torch.double if tensor.is_floating_point() else tensor.dtype)
-    logits: Tensor = torch.func.functional_call(network, tensors, images.to("cpu", torch.double))
+        # In this order: Apple's devices have no double precision.
+        tensors[name] = tensor.detach().cpu().to(torch.double if tensor.is_floating_point() else tensor.dtype)
+    logits: Tensor = torch.func.functional_call(network, tensors, images.cpu().double())
     return logits
 
 
@@ -29,28 +30,28 @@ def attributions(network: nn.Module, images: Tensor, class_weights: Tensor) -> t
     A network of ReLUs is piecewise linear. For it the attributions and a constant add up to the sum, exactly.
 
     Args:
-        network: Maps (N, 784) to (N, 10).
-        images: (N, 784) pixels in [0, 1].
-        class_weights: (N, 10) weights of the logits in the sum, such as 1 for one class and -1 for another.
+        network: Maps (N, ...) to (N, C).
+        images: (N, ...) pixels, such as (N, 784) in [0, 1].
+        class_weights: (N, C) weights of the logits in the sum, such as 1 for one class and -1 for another.
 
     Returns:
-        Attributions, (N, 784); constants, (N,); and whether the network is linear around each image.
+        Attributions, (N, ...); constants, (N,); and whether the network is linear around each image.
     """
-    pixels = images.to("cpu", torch.double, copy=True)
+    pixels = images.cpu().double().clone()
     # Within a linear piece, the gradient is the same a little further on. A step of 1e-7 is too small to switch a unit.
     inputs = torch.cat([pixels, pixels * (1 + 1e-7)]).requires_grad_()
     sums = (logits_in_double(network, inputs) * class_weights.repeat(2, 1)).sum(1)
     gradients, further = torch.autograd.grad(sums.sum(), inputs)[0].chunk(2)
     pixels *= gradients
     is_linear = torch.allclose(gradients, further, rtol=0, atol=1e-11 * gradients.abs().max().item())
-    return pixels, sums.detach()[: len(images)] - pixels.sum(1), is_linear
+    return pixels, sums.detach()[: len(images)] - pixels.flatten(1).sum(1), is_linear
 
 
 @torch.inference_mode(False)
 def important_units(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Find the forty most important units of the first layer: those with the largest attributions of the ten logits.
+    """Find the forty most important units of the first layer: those with the largest attributions of the logits.
 
-    A unit's attribution is the mean over images, (N, 784), of its output times a logit's derivative with respect to it:
+    A unit's attribution is the mean over images, (N, ...), of its output times a logit's derivative with respect to it:
     for a ReLU before the last layer, its mean activation times its outgoing weight.
 
     Returns:
@@ -69,7 +70,7 @@ def important_units(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]
     with first.register_forward_hook(keep):
         logits = logits_in_double(network, images)
     gradients = [torch.autograd.grad(logit.sum(), outputs, retain_graph=True)[0] for logit in logits.unbind(1)]
-    each = (outputs[0].detach() * torch.stack(gradients)).mean(1)  # (10, units)
+    each = (outputs[0].detach() * torch.stack(gradients)).mean(1)  # (C, units)
     order = each.norm(dim=0).argsort(descending=True)[:40]
     return first.weight.detach().cpu()[order].unflatten(1, (SIDE, SIDE)), each[:, order].argmax(0)
 

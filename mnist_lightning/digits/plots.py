@@ -4,13 +4,15 @@ All margins are given: Matplotlib's layout engines would draw each figure twice.
 """
 
 import io
+import math
 from collections.abc import Sequence
 
 import matplotlib.figure
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from mnist_lightning.model import CLASSES, SIDE
+from mnist_lightning.model import SIDE
 
 
 class Figure(matplotlib.figure.Figure):
@@ -22,30 +24,62 @@ class Figure(matplotlib.figure.Figure):
         return png.getvalue()
 
 
-def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
-    """Draw up to nine digits in a 3x3 grid.
+def as_pictures(images: Tensor) -> Tensor:
+    """Bring images into the form in which they are drawn.
 
     Args:
-        images: (N, 784) pixels in [0, 1], or (N, 784, 4) of red, green, blue and opacity; the first nine are drawn, and
-            a grid of fewer stays partly empty.
+        images: Grey ones, (N, H, W), (N, 1, H, W) or, where they are square, (N, H * W); or in colour, (N, 3, H, W),
+            (N, H, W, 3), or (N, H, W, 4) with opacity. Bytes; or floats, whose range becomes [0, 1] where it is larger.
+
+    Returns:
+        (N, H, W) or (N, H, W, C) floats in [0, 1].
+
+    Raises:
+        ValueError: They have another shape.
+    """
+    shape = images.shape[1:]
+    side = math.isqrt(shape.numel())
+    if shape == (side**2,):
+        images = images.unflatten(1, (side, side))
+    elif images.ndim == 4 and shape[0] in (1, 3):
+        images = images.movedim(1, 3).squeeze(3)
+    elif images.ndim != 3 and shape[2:] not in ((3,), (4,)):
+        raise ValueError(f"tensors of the shape {tuple(shape)} are no images")
+    scale = 255 if images.dtype == torch.uint8 else 1
+    images = images.to(torch.promote_types(images.dtype, torch.float)) / scale
+    low, high = images.aminmax() if images.numel() else torch.tensor([0, 1])
+    return images if low >= 0 and high <= 1 else (images - low) / (high - low)
+
+
+def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
+    """Draw up to nine digits, or other images, in a 3x3 grid.
+
+    Args:
+        images: (N, 784) pixels in [0, 1], or anything that `as_pictures` takes; the first nine are drawn, and a grid of
+            fewer stays partly empty. Grey images of 28 x 28 pixels are ink on paper, as MNIST's are; others are not.
         titles: A title for each image.
         heading: Title of the whole figure.
     """
-    images, lines = images[:9], 1 + max([0, *(title.count("\n") for title in titles)])
-    above = 2 + 3 * lines  # pixels of an image's title
+    images, lines = as_pictures(images[:9]), 1 + max([0, *(title.count("\n") for title in titles)])
+    high, wide = images.shape[1:3]
+    scale = wide / SIDE
+    margin, above = max(1, round(scale)), round(scale * (2 + 3 * lines))  # pixels beside an image, and of its title
     heading_height = 0.24 * (1 + heading.count("\n")) + 0.1  # inches
-    height = heading_height + 5 * (SIDE + above) / (SIDE + 2)
+    height = heading_height + 5 * (high + above) / (wide + 2 * margin)
     figure = Figure(figsize=(5, height))
     figure.suptitle(heading, y=1 - 0.1 / height, va="top", fontsize=13 - lines)
     # One picture of all: nine axes took half of the time that a run's figures take.
     axes = figure.add_axes((0, 0, 1, 1 - heading_height / height))
     axes.axis("off")
     if len(images):
-        grid = tiles(images, 3, (1, 1, above, 0))
-        axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axes.set(xlim=(-0.5, 3 * (SIDE + 2) - 0.5), ylim=(3 * (SIDE + above) - 0.5, -0.5))
+        is_ink = images.shape[1:] == (SIDE, SIDE)
+        paper = 0 if is_ink or images.shape[3:] == (4,) else 1
+        grid = tiles(images, 3, (margin, margin, above, 0), paper)
+        axes.imshow(grid.numpy(), cmap="gray_r" if is_ink else "gray", vmin=0, vmax=1)
+        axes.set(xlim=(-0.5, grid.shape[1] - 0.5), ylim=(3 * (high + above) - 0.5, -0.5))
         for index, title in enumerate(titles[: len(images)]):
-            x, y = index % 3 * (SIDE + 2) + SIDE / 2 + 0.5, index // 3 * (SIDE + above) + above - 1.5
+            x = index % 3 * (wide + 2 * margin) + margin + (wide - 1) / 2
+            y = index // 3 * (high + above) + above - 1.5 * scale
             axes.text(x, y, title, ha="center", va="bottom", fontsize=10)
     else:
         axes.text(0.5, 0.6, "none", ha="center", va="center", color="gray", fontsize=16)
@@ -53,12 +87,12 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
 
 
 def tiles(images: Tensor, columns: int, margins: tuple[int, int, int, int], blank: float = 0) -> Tensor:
-    """Put images, (N, 784), (N, 28, 28) or (N, 784, C), side by side in rows of `columns`: (H, W) or (H, W, C).
+    """Put images, (N, H, W) or (N, H, W, C), side by side in rows of `columns`.
 
     Margins are pixels left of, right of, above and below each image, of the value `blank`.
     """
     left, right, above, below = margins
-    images = images.reshape(len(images), SIDE, SIDE, -1)
+    images = images.reshape(*images.shape[:3], -1)
     images = nn.functional.pad(images, (0, 0, left, right, above, below, 0, -len(images) % columns), value=blank)
     grid: Tensor = images.unflatten(0, (-1, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1).squeeze(-1)
     return grid
@@ -79,7 +113,7 @@ def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:
     figure.subplots_adjust(0.02, 0.1 / height, 0.98, 1 - 0.7 / height, wspace=0.08)
     pictures = {"original": images[:, None], "each epoch another distortion": copies}
     for axes, (title, picture) in zip(figure.subplots(1, 2, width_ratios=(1, columns)), pictures.items(), strict=True):
-        grid = tiles(picture.flatten(0, 1), picture.shape[1], (0, 0, 0, 0))
+        grid = tiles(as_pictures(picture.flatten(0, 1)), picture.shape[1], (0, 0, 0, 0))
         axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
@@ -87,10 +121,10 @@ def distorted_digits(images: Tensor, copies: Tensor, heading: str) -> Figure:
 
 
 def confusion_matrix(counts: Tensor, heading: str) -> Figure:
-    """Draw a confusion matrix.
+    """Draw a confusion matrix, with its numbers where there is room for them.
 
     Args:
-        counts: (10, 10) numbers of digits, a row for each true digit, a column for each predicted one.
+        counts: (C, C) numbers of examples, a row for each true class, a column for each predicted one.
         heading: Title of the figure.
     """
     figure = Figure(figsize=(6.2, 6.4))
@@ -99,12 +133,17 @@ def confusion_matrix(counts: Tensor, heading: str) -> Figure:
     # Coloured by mistakes alone: the diagonal's counts would drown everything else.
     mistakes = counts.float().fill_diagonal_(0)
     axes.imshow((mistakes / mistakes.max().clamp(min=1)).numpy(), cmap="Reds", vmin=0, vmax=1.8)
+    axes.set(title=heading, xlabel="predicted (the redder, the more mistakes)", ylabel="true")
+    axes.tick_params(length=0)
+    if len(counts) > 20:
+        return figure
     for (true, predicted), count in np.ndenumerate(counts.numpy()):
         color, weight = "black" if count else "lightgray", "bold" if true == predicted else "normal"
-        axes.text(predicted, true, f"{count or '·'}", ha="center", va="center", color=color, weight=weight, fontsize=9)
-    axes.set(title=heading, xlabel="predicted (the redder, the more mistakes)", ylabel="true")
-    axes.set(xticks=range(CLASSES), yticks=range(CLASSES))
-    axes.tick_params(length=0)
+        size = min(9, 120 / len(counts))
+        axes.text(
+            predicted, true, f"{count or '·'}", ha="center", va="center", color=color, weight=weight, fontsize=size
+        )
+    axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
     return figure
 
 

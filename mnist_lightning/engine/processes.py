@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .console import say
 from .data import DeviceLoader
@@ -59,9 +59,11 @@ def all_gather_object(trainer: pl.Trainer, value: Any) -> list[Any]:
     return values
 
 
-def gather_parts(trainer: pl.Trainer, part: Tensor) -> Tensor:
-    """Put the parts that the processes have of a minibatch together, in order; each process has to call it."""
-    return torch.cat(gather_all_tensors(part)) if trainer.world_size > 1 else part
+def gather_parts(trainer: pl.Trainer, parts: list[Any]) -> list[Any]:
+    """The processes' lists of a part of each minibatch as one list, in order; each process has to call it."""
+    nothing = object()
+    minibatches = zip_longest(*all_gather_object(trainer, parts), fillvalue=nothing)
+    return [part for minibatch in minibatches for part in minibatch if part is not nothing]
 
 
 def slurm_without_requeue(plugins: list[Any]) -> list[ClusterEnvironment]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class Report(pl.Callback):
         self._loaded = checkpoint["global_step"], dataset
         if not self.has_begun:
             say(printable(f"Weights of iteration {self._loaded[0]:,}, trained on {dataset}: {trainer.ckpt_path}"))
-            say(f"Reading {_name(trainer)}")
+            say(f"Reading {data_name(trainer)}")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
         # Whoever resumes this checkpoint logs what comes after it; what came before has to be on disk.
@@ -81,7 +82,7 @@ class Report(pl.Callback):
             logger.save()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._loaded, self._dataset = None, _name(trainer)
+        self._loaded, self._dataset = None, data_name(trainer)
         epochs, iteration = self._resumes_from
         if why := why_done(trainer, epochs, iteration):
             say(f"This run is done, at iteration {iteration:,}; {why}")
@@ -143,11 +144,11 @@ class Report(pl.Callback):
         """Write what is known by now, after training and again after a test."""
         if (folder := run_directory(trainer)) is None:
             return
-        iteration, dataset = self._loaded or (trainer.global_step, _name(trainer))
+        iteration, dataset = self._loaded or (trainer.global_step, data_name(trainer))
         # Validation of the very weights that are tested, if it was on the same dataset.
-        counts = dataset == _name(trainer) and (self._loaded or self._is_validated)
+        counts = dataset == data_name(trainer) and (self._loaded or self._is_validated)
         validated = [(loss, acc) for at, loss, acc in self.val if counts and at == iteration]
-        results: dict[str, Any] = {"dataset": _name(trainer), "seed": data_settings(trainer).get("seed")}
+        results: dict[str, Any] = {"dataset": data_name(trainer), "seed": data_settings(trainer).get("seed")}
         results |= {"iterations": trainer.global_step or iteration, "train_seconds": round(self.train_seconds, 3)}
         results |= {"device": trainer.strategy.root_device.type, "precision": str(trainer.precision)}
         results |= {"threads": torch.get_num_threads(), "processes": trainer.world_size}
@@ -168,18 +169,18 @@ def report(trainer: pl.Trainer) -> Report | None:
     return next((callback for callback in callbacks if isinstance(callback, Report)), None)
 
 
-def save_figures(figures: dict[str, "Figure"], trainer: pl.Trainer) -> None:
-    """Save figures in the run's `figures/` and to TensorBoard, in the first process."""
+def save_figures(figures: Mapping[str, "Figure"], trainer: pl.Trainer) -> None:
+    """Save figures in the run's `figures/`, and show them in its loggers, in the first process."""
     folder = run_directory(trainer)
     if folder is None:
         return
     (folder / "figures").mkdir(exist_ok=True)
+    paths = {f"figures/{name}": folder / "figures" / f"{name}.png" for name in figures}
+    for figure, path in zip(figures.values(), paths.values(), strict=True):
+        figure.savefig(path, dpi=120)
     found = report(trainer)
     iteration = found.iteration(trainer) if found else trainer.global_step
-    for name, figure in figures.items():
-        path = folder / "figures" / f"{name}.png"
-        figure.savefig(path, dpi=120)
-        tensorboard.log_picture(trainer, f"figures/{name}", path, max(0, iteration - 1))
+    tensorboard.log_pictures(trainer, paths, max(0, iteration - 1))
 
 
 def data_settings(trainer: pl.Trainer) -> dict[str, Any]:
@@ -207,7 +208,8 @@ def _how(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     return f"{parameters:,} parameters on {device}, seed {data_settings(trainer).get('seed')}{step}"
 
 
-def _name(trainer: pl.Trainer) -> str:
+def data_name(trainer: pl.Trainer) -> str:
+    """What to call the data: their `dataset_name`, or their class."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return str(getattr(data, "dataset_name", type(data).__name__)) if data else "the given loader"
 

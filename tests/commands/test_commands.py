@@ -11,7 +11,7 @@ from unittest.mock import Mock, call
 import pytest
 from conftest import SMALL, VAL_SIZE, RunCLI, prepare, results, steps
 
-from mnist_lightning import commands
+from mnist_lightning import MNISTClassifier, MNISTDataModule, commands
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / ".github/assets/misclassified.png"
@@ -66,6 +66,7 @@ WRONG = {
     "read nowhere.png": "there is no picture nowhere.png",
     f"read {PICTURE} --ckpt_path=nowhere.ckpt": "ckpt_path: there is no checkpoint nowhere.ckpt",
     f"read {PICTURE} --figure={PICTURE}": "is one of the pictures to read; give another --figure",
+    f"read data:image/png;base64,{'iVBORw0KGgo/' * 900}": "no picture data:image/png;base64,iVBORw0KGgo/iVBO",
     "read --data.root=data": "there is no setting data.root",
 }
 
@@ -77,8 +78,31 @@ def test_wrong_commands(run_cli: RunCLI, tmp_path: Path, capfd: pytest.CaptureFi
     err = capfd.readouterr().err
     assert err.startswith("mnist_lightning: ")
     assert err.count("\n") == 1
+    assert len(err) < 400
     assert WRONG[command] in err
     assert not list(tmp_path.iterdir())
+
+
+class Network(MNISTClassifier):
+    pass
+
+
+class Data(MNISTDataModule):
+    pass
+
+
+def test_other_commands_of_other_classes_say_why_they_are_not_there(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for classes in ((Network,), (Data,), (Network, Data)):
+        for name in commands.COMMANDS:
+            works = name == "data" and Data not in classes
+            assert run_cli(name, classes=classes) == (0 if works else 2)
+            line = "" if works else f"mnist_lightning: {name}: {commands.ONLY_HERE[name]}\n"
+            assert capsys.readouterr().err == line
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.png"]
+    assert run_cli("--help", data=False, classes=(Data,)) == 0
+    assert f"  read      Not here: {commands.ONLY_HERE['read']}\n" in capsys.readouterr().out
 
 
 def test_damaged_data_fails_before_there_is_a_run(
@@ -99,8 +123,9 @@ def test_data(run_cli: RunCLI, root: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(commands, "VAL_SIZE", VAL_SIZE)
     assert run_cli("data") == 0
     out = capsys.readouterr().out
-    assert "Training: 1,050 digits, images (1050, 784), labels (1050,)" in out
-    assert "Test: 230 digits" in out
+    assert "train: 1,050 digits, x_train (1050, 784), y_train (1050,)" in out
+    assert "valid: 200 digits, x_valid (200, 784), y_valid (200,)" in out
+    assert "test: 230 digits" in out
     label = int(prepare("synthetic", root).val[1][0])
     assert f"  {label}: {' '.join('1' if i == label else '0' for i in range(10))}" in out
     assert Path("digits.png").stat().st_size > 10_000

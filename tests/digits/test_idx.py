@@ -78,7 +78,7 @@ def test_own_files_are_named_in_the_console_the_figures_and_results(
         return Figure()
 
     monkeypatch.setattr(plots, "digit_grid", grid)
-    assert run_cli("fit", "--figures.interpretation=false", *FILES, f"--data.root={own}", data=False) == 0
+    assert run_cli("fit", "--figures.network=false", *FILES, f"--data.root={own}", data=False) == 0
     assert "Training on files in kmnist: 1,050 images, 200 for validation" in capsys.readouterr().out
     assert all(heading.startswith("files in kmnist\n") for heading in headings)
     assert len(headings) == 2

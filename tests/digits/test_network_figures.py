@@ -10,47 +10,102 @@ import torch
 import torch.nn.functional as F
 from conftest import RunCLI, newest_run, prepare
 from digits.test_interpretation import cnn
+from matplotlib.collections import LineCollection
 from PIL import Image
 from torch import Tensor, nn
 
 from mnist_lightning.digits import network_figures, plots
+from mnist_lightning.digits.examples import Examples
 from mnist_lightning.model import MLP
 
 
-def test_draws_what_it_can_and_says_the_rest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, mistakes = prepare("synthetic", root), torch.arange(12)
-    predictions = (data.test[1].long() + 1) % 10
+@pytest.fixture
+def examples(root: Path) -> Examples:
+    """All of the small test split, misclassified."""
+    pixels, labels = prepare("synthetic", root).test
+    numbers = torch.arange(len(labels))
+    return Examples(10, labels.long(), (labels.long() + 1) % 10, torch.ones(len(labels)), numbers, pixels / 255)
 
-    def draw(network: nn.Module, mistakes: Tensor = mistakes) -> set[str]:
-        return set(network_figures.draw(network, data, predictions, mistakes))
 
-    assert draw(MLP(7).eval()) == {"weights", "attributions"}
-    assert capsys.readouterr().out == ""
-    assert draw(cnn(nn.GELU())) == {"attributions"}
-    assert capsys.readouterr().out.startswith("No figure weights.png: ")
-    assert draw(MLP(7).eval(), mistakes[:0]) == {"weights"}
-    assert capsys.readouterr().out == "No figure attributions.png: no digit was misclassified\n"
+class Single(nn.Linear):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.float())
 
-    class Single(nn.Linear):
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images.float())
 
-    assert draw(Single(784, 10)) == set()
-    assert capsys.readouterr().out.startswith("No figures of the network: ")
+NOT_A_CHAIN = "No figure network.png: the network is not a chain of Linear layers and activations\n"
+
+
+@pytest.mark.parametrize(
+    ("network", "mistakes", "drawn", "said"),
+    [
+        (MLP(7).eval(), 9, {"network", "weights", "attributions"}, ""),
+        (cnn(nn.GELU()), 9, {"attributions"}, f"{NOT_A_CHAIN}No figure weights.png: the first layer is not a Linear "),
+        (MLP(7).eval(), 0, {"network", "weights"}, "No figure attributions.png: nothing was misclassified\n"),
+        (Single(784, 10), 9, set(), "No figures of the network: RuntimeError: mat1 and mat2 must have the same dtype"),
+    ],
+    ids=["MLP", "CNN", "no mistakes", "float32 only"],
+)
+def test_draws_what_it_can_and_says_the_rest(
+    examples: Examples,
+    capsys: pytest.CaptureFixture[str],
+    network: nn.Module,
+    mistakes: int,
+    drawn: set[str],
+    said: str,
+) -> None:
+    assert set(network_figures.draw(network, examples, torch.arange(mistakes), "digits")) == drawn
+    out = capsys.readouterr().out
+    assert out.startswith(said)
+    assert bool(out) is bool(said)
+
+
+class Skips(nn.Linear):
+    def forward(self, images: Tensor) -> Tensor:
+        return images + super().forward(images)
+
+
+CHAINS: dict[str, tuple[nn.Module, list[tuple[int, str]] | None]] = {
+    "MLP": (MLP(7, dropout=0.5), [(784, ""), (7, "ReLU"), (10, "")]),
+    "deep": (
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 30), nn.ReLU(True), nn.Linear(30, 3), nn.LogSoftmax(1)),
+        [(784, ""), (30, "ReLU"), (3, "LogSoftmax")],
+    ),
+    "with a sum": (nn.Sequential(nn.Linear(784, 10), Skips(10, 10)), None),
+    "normalized": (nn.Sequential(nn.Linear(784, 10), nn.BatchNorm1d(10)), None),
+    "two outputs of one": (nn.Sequential(nn.Linear(784, 10), nn.Unflatten(1, (5, 2)), nn.Linear(2, 2)), None),
+    "convolution": (cnn(nn.ReLU()), None),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_of_layers_is_told_from_other_networks(name: str) -> None:
+    network, expected = CHAINS[name]
+    assert network_figures.chain(network.eval(), torch.rand(1, 784)) == expected
+
+
+@pytest.mark.figures
+def test_layers_are_columns_of_units(tmp_path: Path) -> None:
+    figure = network_figures.draw_layers([(784, ""), (200, "ReLU"), (11, "")], "heading")
+    figure.savefig(path := tmp_path / "network.png", dpi=120)
+    assert path.stat().st_size < 150_000
+    (axes,) = figure.axes
+    assert [np.size(column.get_ydata()) for column in axes.lines] == [10, 10, 11]
+    lines = [each for each in axes.collections if isinstance(each, LineCollection)]
+    assert [len(each.get_segments()) for each in lines] == [0, 100, 110]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["⋮", "784", "pixels", "⋮", "200", "ReLU", "11", "logits"]
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()], ids=str)
 def test_the_caption_says_whether_it_adds_up(
-    root: Path, activation: nn.Module, monkeypatch: pytest.MonkeyPatch
+    examples: Examples, activation: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[list[str], str]] = []
     monkeypatch.setattr(plots, "digit_grid", lambda _, titles, heading: drawn.append((titles, heading)))
-    data = prepare("synthetic", root)
-    predictions = (data.test[1].long() + 1) % 10
     network = nn.Sequential(nn.Linear(784, 20), activation, nn.Linear(20, 10))
-    network_figures.draw(network, data, predictions, torch.arange(3))
+    network_figures.draw(network, examples, torch.arange(3), "digits")
     ((titles, heading),) = drawn
-    for title, digit, label in zip(titles, predictions, data.test[1], strict=False):
+    for title, digit, label in zip(titles, examples.predictions, examples.labels, strict=False):
         first, second = title.split("\n")
         assert first == f"True: {label}, Pred: {digit}"
         if isinstance(activation, nn.ReLU):
@@ -61,15 +116,17 @@ def test_the_caption_says_whether_it_adds_up(
     assert ("gradient times input" in heading) is isinstance(activation, nn.GELU)
 
 
-def test_it_is_drawn_where_it_is_asked_for(run_cli: RunCLI, tmp_path: Path) -> None:
+def test_it_is_drawn_where_it_is_asked_for(run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--trainer.max_epochs=1", "--model.hidden_dim=9"]
-    assert run_cli("fit", *settings, "--figures.interpretation=false") == 0
+    assert run_cli("fit", *settings, "--figures.network=false") == 0
     names = {path.stem for path in (newest_run(tmp_path) / "figures").iterdir()}
-    assert names == {"correct", "misclassified", "confusion_matrix", "training_curves"}
-    assert run_cli("fit", *settings, "--test_after_fit=false", "--figures.projector=true") == 0
-    run = newest_run(tmp_path)
-    assert not (run / "figures").exists()
-    assert not (run / "projector_config.pbtxt").exists()
+    assert names == {"correct", "misclassified", "confusion_matrix"}
+    for setting in ("--test_after_fit=false", "--figures.enabled=false"):
+        assert run_cli("fit", *settings, "--figures.projector=true", "--data.distortions.scale=0.1", setting) == 0
+        run = newest_run(tmp_path)
+        assert (run / "figures").exists() is (setting == "--test_after_fit=false")  # the distortions
+        assert not (run / "projector_config.pbtxt").exists()
+        assert "No figure" not in capsys.readouterr().out
 
 
 def test_the_projector_gets_the_last_hidden_activations(run_cli: RunCLI, tmp_path: Path, root: Path) -> None:
@@ -85,7 +142,7 @@ def test_the_projector_gets_the_last_hidden_activations(run_cli: RunCLI, tmp_pat
     points = torch.tensor(np.loadtxt(folder / "tensors.tsv")).float()
     torch.testing.assert_close(points, hidden, rtol=0, atol=1e-4)
     header, *rows = csv.reader((folder / "metadata.tsv").open(), delimiter="\t")
-    assert header == ["digit", "predicted"]
+    assert header == ["true", "predicted"]
     predicted = mlp.output(hidden).argmax(1)
     assert rows == [[str(a), str(b)] for a, b in zip(labels.tolist(), predicted.tolist(), strict=True)]
     with Image.open(folder / "sprite.png") as sprite:
