@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from .console import say
+from .console import PROGRAM, say
 from .data import DeviceLoader
 
 # Where launchers put a process's number.
@@ -27,6 +28,12 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 # A process that did not answer for so long is taken for dead, so that a run ends within a minute. PyTorch's half hour
 # is kept for the start, where one machine may still be importing while another one waits.
 TIMEOUT = timedelta(seconds=50)
+
+
+SEVERAL = (
+    "trainer.strategy: for several processes, give ddp; a notebook runs the command as a program of its own: "
+    f"!python -m {PROGRAM} fit --trainer.strategy ddp"
+)
 
 
 class DDP(DDPStrategy):
@@ -96,9 +103,7 @@ def check_launcher(trainer: pl.Trainer) -> None:
     elif not kind and variables and "MASTER_PORT" not in os.environ:
         raise MisconfigurationException(f"{', '.join(variables)} is of another job: unset it")
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDP):
-        raise MisconfigurationException(
-            "trainer.strategy: for several processes, give ddp; from a notebook, run the command with !python -m"
-        )
+        raise MisconfigurationException(SEVERAL)
 
 
 def _launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
@@ -108,7 +113,7 @@ def _launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
 
 
 class Timeout(pl.Callback):
-    """Ends a run where a process hangs or its machine is gone."""
+    """Ends a run where a process hangs, its machine is gone, or the processes cannot meet."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set the timeout, once all processes have met and the data are there."""
@@ -116,6 +121,11 @@ class Timeout(pl.Callback):
             # The second is what older versions of PyTorch have.
             set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
             set_timeout(TIMEOUT)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """End the other processes: they would wait for half an hour."""
+        if isinstance(exception, torch.distributed.DistNetworkError) and trainer.strategy.launcher:
+            trainer.strategy.launcher.kill(signal.SIGTERM)
 
 
 def is_lost(error: Exception) -> bool:
