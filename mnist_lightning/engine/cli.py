@@ -33,7 +33,6 @@ from .report import Report
 from .runs import RUNS, RunLock, run_directory, runs_directory
 from .tensorboard import RunLogger, SaveConfig
 
-
 # Where Lightning does not name the setting, or names another way than the one that works here.
 CLEARER = {
     "No supported gpu backend|accelerator is not available": (

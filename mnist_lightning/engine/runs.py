@@ -75,6 +75,8 @@ class RunLock:
                 lock.acquire()
             except Timeout as error:
                 raise JobError(f"another process is training in {run}") from error
+            except OSError:  # the file system knows no locks
+                (run / "unfinished").touch()
             self._lock = lock
 
     def release(self, is_done: bool) -> None:
@@ -133,6 +135,8 @@ def _is_free(run: Path) -> bool:
             return True
     except Timeout:
         return False
+    except OSError:  # as in `RunLock.acquire`
+        return True
 
 
 def _lock(run: Path) -> FileLock:
