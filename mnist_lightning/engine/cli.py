@@ -248,7 +248,7 @@ def train(*classes: Any, **settings: Any) -> None:
                 raise JobError(f"ckpt_path: the checkpoint is not of this program: {cause}") from error
             if isinstance(error, ValueError | TypeError | ImportError):  # one of Lightning's checks
                 raise UsageError(telling_line(str(error))) from error
-        if "EADDRINUSE" in str(error):
+        if "address already in use" in str(error).lower():
             used = f"port {os.environ.get('MASTER_PORT')} is in use, maybe by another run"
             raise JobError(f"{used}; set MASTER_PORT to a free one, or unset it") from error
         if processes.is_lost(error):

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import signal
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -87,6 +87,7 @@ def check_launcher(trainer: pl.Trainer) -> None:
     Raises:
         MisconfigurationException: Its strategy is another one than `ddp`, or the launcher has started another number of
             processes than its settings say.
+        OSError: The port where the processes are to meet is in use.
     """
     kind, variables = _launcher(), [f"{name}={os.environ[name]}" for name in RANKS if os.environ.get(name, "0") != "0"]
     # A script that asked SLURM for several tasks may still run a single process.
@@ -104,6 +105,9 @@ def check_launcher(trainer: pl.Trainer) -> None:
         raise MisconfigurationException(f"{', '.join(variables)} is of another job: unset it")
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDP):
         raise MisconfigurationException(SEVERAL)
+    if not kind and trainer.world_size > 1 and trainer.global_rank == 0 and "MASTER_PORT" in os.environ:
+        # Before the others are started, which would wait for this one for half an hour.
+        socket.create_server(("", int(os.environ["MASTER_PORT"]))).close()
 
 
 def _launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
@@ -113,7 +117,7 @@ def _launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:
 
 
 class Timeout(pl.Callback):
-    """Ends a run where a process hangs, its machine is gone, or the processes cannot meet."""
+    """Ends a run where a process hangs or its machine is gone."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set the timeout, once all processes have met and the data are there."""
@@ -121,11 +125,6 @@ class Timeout(pl.Callback):
             # The second is what older versions of PyTorch have.
             set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
             set_timeout(TIMEOUT)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """End the other processes: they would wait for half an hour."""
-        if isinstance(exception, torch.distributed.DistNetworkError) and trainer.strategy.launcher:
-            trainer.strategy.launcher.kill(signal.SIGTERM)
 
 
 def is_lost(error: Exception) -> bool:

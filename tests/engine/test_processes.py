@@ -315,25 +315,21 @@ def test_a_single_process_is_the_first_whatever_another_jobs_variables_say(
     assert f"{variable}=1 is of another job: unset it" in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_named_and_nobody_waits(
-    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("launcher", [torchrun, None])
+def test_a_port_in_use_is_named(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launcher: Launcher | None
 ) -> None:
-    started, start = [], subprocess.Popen
-
-    def sleeps(*_: Any, **__: Any) -> Any:
-        started.append(start(["sleep", "100"]))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", sleeps)  # in the place of the second process
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a second process starts, and waits"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", port := str(other.getsockname()[1]))
+        port = other.getsockname()[1]
+        environment = launcher(0, 2, port) if launcher else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         assert run_cli("fit", "--trainer.devices=2", "--trainer.strategy=ddp") == 1
     line = f"mnist_lightning: port {port} is in use, maybe by another run; set MASTER_PORT to a free one, or unset it\n"
     assert capsys.readouterr().err.endswith(line)
-    assert [process.wait(10) for process in started] == [-signal.SIGTERM]
 
 
 def test_processes_that_find_different_checkpoints_are_refused(
