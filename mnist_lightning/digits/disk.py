@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ WAIT_IN_SILENCE = 5.0  # seconds
 
 
 def check_directory(path: Path) -> None:
-    """Raise an `OSError` that names the broken link, or the file, that keeps a directory from being there."""
+    """Raise an `OSError` that names what keeps a directory from being there: a broken link, a file, or an address."""
+    if re.match(r"\w{2,}:/", path.as_posix()):
+        raise OSError(errno.EINVAL, "an address, not a local directory", str(path))
     for place in (*reversed(path.parents), path):
         if place.is_symlink() and not place.exists():
             raise OSError(errno.ENOENT, f"a link to {place.readlink()}, which does not exist", str(place))

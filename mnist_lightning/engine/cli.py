@@ -33,6 +33,14 @@ from .report import Report
 from .runs import RUNS, RunLock, run_directory, runs_directory
 from .tensorboard import RunLogger, SaveConfig
 
+# Where Lightning does not name the setting, or names another way than the one that works here.
+CLEARER = {
+    "No supported gpu backend|accelerator is not available": (
+        "trainer.accelerator: this machine has no such device; give --trainer.accelerator cpu"
+    ),
+    "not compatible with an interactive environment": processes.SEVERAL,
+}
+
 
 class LightningParser(Parser, LightningArgumentParser):
     """Lightning's argument parser, with errors in one line."""
@@ -122,6 +130,10 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Set the number of threads, and give the checkpoint to the Trainer."""
         config = self.config[self.subcommand]
+        given = config.trainer.logger
+        for logger in given if isinstance(given, list) else [given]:
+            if getattr(logger, "class_path", "").endswith(".TensorBoardLogger"):
+                logger.init_args.default_hp_metric = False  # of -1, in the HParams tab
         if config.threads is None:
             config.threads = 0 if "OMP_NUM_THREADS" in os.environ else self.threads
         if config.threads:
@@ -224,7 +236,8 @@ def train(*classes: Any, **settings: Any) -> None:
         with without_noise(), processes.settings():
             CLI(*classes, **settings)
     except MisconfigurationException as error:
-        raise UsageError(str(error)) from error
+        message = str(error)
+        raise UsageError(next((CLEARER[each] for each in CLEARER if re.search(each, message)), message)) from error
     except (JobError, Stopped):
         raise
     except Exception as error:
@@ -233,8 +246,11 @@ def train(*classes: Any, **settings: Any) -> None:
             if any(re.match(r"_?restore_|load_state_dict", frame.name) for frame in frames):
                 cause = f"{type(error).__name__}: {error}"
                 raise JobError(f"ckpt_path: the checkpoint is not of this program: {cause}") from error
-            if isinstance(error, ValueError | TypeError):  # one of Lightning's checks
+            if isinstance(error, ValueError | TypeError | ImportError):  # one of Lightning's checks
                 raise UsageError(telling_line(str(error))) from error
+        if "address already in use" in str(error).lower():
+            used = f"port {os.environ.get('MASTER_PORT')} is in use, maybe by another run"
+            raise JobError(f"{used}; set MASTER_PORT to a free one, or unset it") from error
         if processes.is_lost(error):
             lost = "another process of the run has ended or does not answer; to resume: --ckpt_path last"
             raise JobError(lost) from error

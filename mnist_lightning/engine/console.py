@@ -83,7 +83,10 @@ def run_command(train: Callable[[], None], commands: Mapping[str, Command], desc
     """
     environment, streams = dict(os.environ), (sys.stdout, sys.stderr)
     # Closed, or of a program without a console: what is printed goes nowhere.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in streams)  # noqa: PTH123, SIM115
+    sys.stdout, sys.stderr = (
+        stream if stream and not stream.closed else open(os.devnull, "w")  # noqa: PTH123, SIM115
+        for stream in streams
+    )
     if "ipykernel" not in sys.modules:
         # A notebook's `!python -m ...` inherits its variable, which may name a backend that is not installed here.
         os.environ["MPLBACKEND"] = "agg"

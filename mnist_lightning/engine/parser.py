@@ -61,6 +61,7 @@ def telling_line(message: str) -> str:
     ):
         types, errors, bullet, value = union.groups()
         telling = [each for each in errors.split(bullet)[1:] if not VAGUE.match(each) or "Got value" in each]
+        telling.sort(key=lambda each: bool(VAGUE.match(each)))
         types = re.sub(r"(\w+\.)+", "", types).replace("NoneType", "null")
         rest = telling[0] if telling else f"expected one of {types}; got {value}"
     return " ".join((f"{setting[1]}: {rest}" if setting else rest).split())

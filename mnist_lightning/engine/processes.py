@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import zip_longest
@@ -18,7 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .console import say
+from .console import PROGRAM, say
 from .data import DeviceLoader
 
 # Where launchers put a process's number.
@@ -27,6 +28,12 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 # A process that did not answer for so long is taken for dead, so that a run ends within a minute. PyTorch's half hour
 # is kept for the start, where one machine may still be importing while another one waits.
 TIMEOUT = timedelta(seconds=50)
+
+
+SEVERAL = (
+    "trainer.strategy: for several processes, give ddp; a notebook runs the command as a program of its own: "
+    f"!python -m {PROGRAM} fit --trainer.strategy ddp"
+)
 
 
 class DDP(DDPStrategy):
@@ -82,6 +89,7 @@ def check_launcher(trainer: pl.Trainer) -> None:
     Raises:
         MisconfigurationException: Its strategy is another one than `ddp`, or the launcher has started another number of
             processes than its settings say.
+        OSError: The port where the processes are to meet is in use.
     """
     kind, variables = _launcher(), [f"{name}={os.environ[name]}" for name in RANKS if os.environ.get(name, "0") != "0"]
     # A script that asked SLURM for several tasks may still run a single process.
@@ -98,9 +106,10 @@ def check_launcher(trainer: pl.Trainer) -> None:
     elif not kind and variables and "MASTER_PORT" not in os.environ:
         raise MisconfigurationException(f"{', '.join(variables)} is of another job: unset it")
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDP):
-        raise MisconfigurationException(
-            "trainer.strategy: for several processes, give ddp; from a notebook, run the command with !python -m"
-        )
+        raise MisconfigurationException(SEVERAL)
+    if not kind and trainer.world_size > 1 and trainer.global_rank == 0 and "MASTER_PORT" in os.environ:
+        # Before the others are started, which would wait for this one for half an hour.
+        socket.create_server(("", int(os.environ["MASTER_PORT"]))).close()
 
 
 def _launcher() -> type[TorchElasticEnvironment | SLURMEnvironment] | None:

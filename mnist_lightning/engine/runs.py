@@ -50,8 +50,9 @@ def runs_directory(trainer: Any) -> Path:
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     given = loggers[0].get("init_args", {}) if hasattr(loggers[0], "get") else {}
     root = str(given.get("save_dir") or trainer.default_root_dir or ".")
-    if "://" in root:
-        raise UsageError(f"{root} is on another machine, where runs cannot be written; give a local directory")
+    for place in (root, *re.findall(r"dirpath='(.*?)'", str(trainer.callbacks))):
+        if "://" in place:
+            raise UsageError(f"{place}: runs and checkpoints can only be written to a local directory; give one")
     return Path(root).expanduser() / (given.get("name", RUNS) or "")
 
 
@@ -74,6 +75,8 @@ class RunLock:
                 lock.acquire()
             except Timeout as error:
                 raise JobError(f"another process is training in {run}") from error
+            except OSError:  # the file system knows no locks
+                (run / "unfinished").touch()
             self._lock = lock
 
     def release(self, is_done: bool) -> None:
@@ -132,6 +135,8 @@ def _is_free(run: Path) -> bool:
             return True
     except Timeout:
         return False
+    except OSError:  # as in `RunLock.acquire`
+        return True
 
 
 def _lock(run: Path) -> FileLock:

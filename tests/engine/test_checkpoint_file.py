@@ -12,6 +12,7 @@ from collections.abc import Callable
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -171,6 +172,15 @@ def test_a_file_is_synced_before_it_replaces_the_old_one(tmp_path: Path, monkeyp
     size = (tmp_path / "new/last.ckpt").stat().st_size
     assert done == [("sync", size), ("replace", size)]
     assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_where_a_file_system_cannot_sync_it_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(error, "no sync here")))
+    checkpoint_file.write_whole(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_a_full_disk_leaves_what_was_saved_before(

@@ -1,13 +1,14 @@
 """`best.ckpt` and `last.ckpt`, the signals that save, and what ends a run whose numbers are not finite."""
 
+import contextlib
 import functools
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from mnist_lightning.engine.console import Stopped
 Act = Callable[[Any], None]
 
 
-@contextmanager
+@contextlib.contextmanager
 def at_iteration(iteration: int, act: Act, kind: Any = MNISTClassifier) -> Iterator[None]:
     """Call `act` once, with the module, in an iteration, counted from 1, of the runs in this process."""
     step, acts = kind.training_step, [act]
@@ -133,6 +134,23 @@ def test_a_signal_in_an_epochs_last_iteration_lets_the_epoch_end(tmp_path: Path)
         train(tmp_path / "run", BestAndLast(), Ends, limit_val_batches=0)
     resume(tmp_path / "2nd", Ends, loader, {"limit_val_batches": 0}, tmp_path / "run/checkpoints/last.ckpt")
     assert ended == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN, Mock()], ids=["default", "ignored", "the user's"])
+def test_signals_of_clusters_and_terminals_save_where_nobody_has_taken_them(
+    name: str, before: Any, tmp_path: Path
+) -> None:
+    signum = getattr(signal, name)
+    others = signal.signal(signum, before)
+    stops = pytest.raises(Stopped) if before == signal.SIG_DFL else contextlib.nullcontext()
+    try:
+        with at_iteration(5, lambda _: signal.raise_signal(signum), Foreign), stops:
+            train(tmp_path / "run", BestAndLast())
+        assert signal.getsignal(signum) == before
+    finally:
+        signal.signal(signum, others)
+    assert load(tmp_path / "run")["global_step"] == (6 if before == signal.SIG_DFL else 22)
 
 
 def test_a_thread_trains_without_signals(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import RunCLI, events, load, results, steps
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch import Tensor, nn
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule
@@ -189,3 +191,86 @@ def test_what_users_ask_to_be_told_is_told(
     told = [record.getMessage() for record in caplog.records if not NOISE.search(record.getMessage())]
     for words in ("FIT Profiler Report", "Metric val/loss improved", "Total params", "Time limit reached"):
         assert any(words in message for message in told), words
+
+
+@pytest.mark.parametrize("setting", ["trainer.default_root_dir", "trainer.callbacks.dirpath", "data.root"])
+@pytest.mark.parametrize("address", ["file:///tmp/there", "s3://bucket/there", "memory://there"])
+def test_addresses_are_refused_before_anything_is_made(
+    run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, address: str
+) -> None:
+    callback = ["--trainer.callbacks+=ModelCheckpoint"] if "callbacks" in setting else []
+    assert run_cli("fit", *SHORT, *callback, f"--{setting}={address}") == (1 if setting == "data.root" else 2)
+    error = capsys.readouterr().err
+    assert "local directory" in error
+    assert address.partition(":")[0] in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_without_the_accelerator_says_which_to_give(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for accelerator in (CUDAAccelerator, MPSAccelerator):
+        monkeypatch.setattr(accelerator, "is_available", lambda: False)
+    assert run_cli("fit", *SHORT) == 0
+    config = RUN / "config.yaml"
+    config.write_text(config.read_text().replace("accelerator: cpu", "accelerator: gpu"))  # it was trained on one
+    capsys.readouterr()
+    resumed = ["--ckpt_path=last", "--trainer.max_epochs=2"]
+    for arguments in (["--trainer.accelerator=gpu"], ["--trainer.accelerator=cuda"], resumed):
+        assert run_cli("fit", *arguments) == 2
+        line = "mnist_lightning: trainer.accelerator: this machine has no such device; give --trainer.accelerator cpu\n"
+        assert capsys.readouterr().err == line
+    assert run_cli("fit", *resumed, "--trainer.accelerator=cpu") == 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_notebook", "auto"])
+def test_a_notebook_is_led_to_what_works(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strategy: str
+) -> None:
+    monkeypatch.setattr(accelerator_connector, "_IS_INTERACTIVE", True)
+    assert run_cli("fit", *SHORT, "--trainer.devices=2", f"--trainer.strategy={strategy}") == 2
+    error = capsys.readouterr().err
+    assert "!python -m mnist_lightning fit --trainer.strategy ddp" in error
+    assert error.count("\n") == 1
+
+
+class Manual(MNISTClassifier):
+    """Which returns a dictionary of its own, without a loss."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss := F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+        return {"mine": loss.detach(), "name": "a text"}
+
+
+def test_manual_optimization_returns_what_it_likes(run_cli: RunCLI) -> None:
+    assert run_cli("fit", *SHORT, "--trainer.log_every_n_steps=1", classes=(Manual,)) == 0
+    assert load(RUN, "best")["global_step"] == 11
+
+
+class TwoLoaders(MNISTDataModule):
+    def val_dataloader(self) -> Any:
+        return [super().val_dataloader()] * 2
+
+
+class TakesTwoLoaders(MNISTClassifier):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+
+def test_of_several_validation_loaders_one_is_monitored(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = (TakesTwoLoaders, TwoLoaders)
+    assert run_cli("fit", *SHORT, classes=classes) == 0
+    assert "There is no best.ckpt: val/acc was not logged; give --monitor one of: " in (out := capsys.readouterr().out)
+    assert "val/acc/dataloader_idx_1" in out
+    assert not (RUN / "checkpoints/best.ckpt").exists()
+    assert run_cli("fit", *SHORT, "--monitor=val/acc/dataloader_idx_1", classes=classes) == 0
+    assert load(RUN.with_name("version_1"), "best")["global_step"] == 11
+    assert "There is no best.ckpt" not in capsys.readouterr().out

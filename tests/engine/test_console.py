@@ -17,8 +17,9 @@ import process_state
 import pytest
 import torch
 from conftest import VAL_SIZE, RunCLI
+from PIL import Image
 
-from mnist_lightning.engine.console import JobError, Stopped, UsageError, run_command, say
+from mnist_lightning.engine.console import JobError, Stopped, UsageError, command_line, run_command, say
 from mnist_lightning.engine.runs import CheckpointError
 
 SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=8", "--test_after_fit=false"]
@@ -191,6 +192,43 @@ def test_a_console_that_lacks_a_character_gets_a_question_mark(monkeypatch: pyte
     monkeypatch.setattr(sys, "stdout", out)
     say("données")
     assert out.buffer.getvalue() == b"donn?es\n"
+
+
+@pytest.mark.parametrize("kind", ["none", "closed"])
+def test_without_a_console_every_command_runs(
+    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As with `pythonw`, as a service, or after `>&-`."""
+    closed = io.StringIO()
+    closed.close()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, closed if kind == "closed" else None)
+    assert run_cli("fit", *SHORT) == 0
+    Image.new("L", (28, 28)).save(tmp_path / "digit.png")
+    for command in (["validate"], ["test"], ["predict"], ["export", "--format=safetensors"]):
+        assert run_cli(*command, "--ckpt_path=last") == 0, command
+    for command in (["data"], ["read", "digit.png"], ["demo", "--no-open"]):
+        assert run_cli(*command, data=command == ["data"]) == 0, command
+    assert run_cli("fit", "--help", data=False) == 0
+    assert run_cli("fti", data=False) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "platform", "line"),
+    [
+        ("/lib/mnist_lightning/__main__.py", "linux", "python -m mnist_lightning fit 'a b'"),
+        ("/home/me/.local/bin/mnist_lightning", "linux", "mnist_lightning fit 'a b'"),
+        ("mine.py", "linux", "python mine.py fit 'a b'"),
+        ("C:/tools/mnist_lightning.exe", "win32", 'mnist_lightning fit "a b"'),
+        ("C:/lib/mnist_lightning/__main__.py", "win32", 'python -m mnist_lightning fit "a b"'),
+    ],
+)
+def test_a_command_is_said_as_it_was_started(
+    monkeypatch: pytest.MonkeyPatch, script: str, platform: str, line: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "fit"])
+    monkeypatch.setattr(sys, "platform", platform)
+    assert command_line("fit", "a b") == line
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Runs on 2 and 3 real processes, which talk over the loopback address, beside the same run on one."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -23,10 +24,12 @@ from conftest import RunCLI, Start, assert_the_same, fork, newest_run, poll, slo
 from engine.test_loop import Foreign, differences, loader
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 from mnist_lightning import Trainer
 from mnist_lightning.digits import files
+from mnist_lightning.engine.checkpoints import BestAndLast
 
 Launcher = Callable[[int, int, int], dict[str, str]]
 StartAll = Callable[..., list[BaseProcess]]
@@ -219,11 +222,12 @@ def fit_all() -> Iterator[FitAll]:
     """Fit in two processes; return what each of them left."""
     started: list[BaseProcess] = []
 
-    def fit_all(directory: Path, trainer_class: Any, ckpt_path: Path | None = None) -> list[Any]:
+    def fit_all(directory: Path, what: Any, ckpt_path: Path | None = None) -> list[Any]:
         directory.mkdir()
         port = free_port()
         for rank in range(2):
-            started.append(fork.Process(target=fit_in_process, args=(directory, rank, port, trainer_class, ckpt_path)))
+            fits = functools.partial(fit_in_process, trainer_class=what) if isinstance(what, type) else what
+            started.append(fork.Process(target=fits, args=(directory, rank, port), kwargs={"ckpt_path": ckpt_path}))
             started[-1].start()
         assert ended(started[-2:]) == [0, 0]
         return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -241,6 +245,33 @@ def test_with_other_peoples_modules_it_is_lightnings_ddp_resumed_exactly(tmp_pat
     for left in (*ours, *resumed):
         left.pop("curves", None)  # the resumed one's begin later
     assert differences(ours, resumed) == []
+
+
+class LogsItsOwn(Foreign):
+    """It logs without `sync_dist`: each process has another accuracy, and another epoch is its best."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/acc", float(self.current_epoch == self.global_rank))
+
+
+def best_in_process(directory: Path, rank: int, port: int, ckpt_path: Path | None) -> None:
+    """Fit as one of two processes, and save what each takes for the best."""
+    os.environ.update(torchrun(rank, 2, port))
+    torch.set_num_threads(1)
+    strategy, best_and_last = DDPStrategy(timeout=timedelta(seconds=20)), BestAndLast()
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, default_root_dir=directory,
+        logger=CSVLogger(directory, "", ""), callbacks=[best_and_last],
+        **dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False),
+    )  # fmt: skip
+    trainer.fit(LogsItsOwn(), loader(4), loader(4))
+    torch.save([best_and_last.best(trainer) is not None, best_and_last.state_dict()], directory / f"{rank}.pt")
+
+
+def test_the_first_process_decides_which_checkpoint_is_the_best(tmp_path: Path, fit_all: FitAll) -> None:
+    assert fit_all(tmp_path / "run", best_in_process) == [[True, {"best": 1.0}]] * 2
+    best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == 11
 
 
 # What is refused
@@ -268,6 +299,37 @@ def test_processes_that_would_not_work_together_are_refused(
     assert run_cli("fit", "--trainer.max_steps=1", "--test_after_fit=false", *settings) == (2 if message else 0)
     assert message in capsys.readouterr().err
     assert Path("lightning_logs").exists() == (not message)
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"])
+def test_a_single_process_is_the_first_whatever_another_jobs_variables_say(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning takes it from there, when it is imported
+    short = ["--trainer.max_epochs=1", "--test_after_fit=false"]
+    assert run_cli("fit", *short) == 0
+    assert capsys.readouterr().out.startswith(f"{variable}=1 is of another job: this run has one process\nTraining")
+    assert Path("lightning_logs/version_0/checkpoints/best.ckpt").exists()
+    assert run_cli("fit", *short, "--trainer.devices=2", "--trainer.strategy=ddp") == 2
+    assert f"{variable}=1 is of another job: unset it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launcher", [torchrun, None])
+def test_a_port_in_use_is_named(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launcher: Launcher | None
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a second process starts, and waits"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        environment = launcher(0, 2, port) if launcher else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert run_cli("fit", "--trainer.devices=2", "--trainer.strategy=ddp") == 1
+    line = f"mnist_lightning: port {port} is in use, maybe by another run; set MASTER_PORT to a free one, or unset it\n"
+    assert capsys.readouterr().err.endswith(line)
 
 
 def test_processes_that_find_different_checkpoints_are_refused(

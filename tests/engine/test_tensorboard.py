@@ -81,9 +81,16 @@ class Dictionary(MNISTClassifier):
         self.log("val/loss", self.training_step(batch, batch_idx))
 
 
+class Compiled(MNISTClassifier):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.mlp.compile(backend="eager")
+
+
 @pytest.mark.figures
 @pytest.mark.parametrize(
-    ("kind", "has_graph"), [(MNISTClassifier, True), (Images, True), (Misfit, False), (Dictionary, False)]
+    ("kind", "has_graph"),
+    [(MNISTClassifier, True), (Images, True), (Misfit, False), (Dictionary, False), (Compiled, False)],
 )
 def test_a_graph_never_ends_a_run(
     run_cli: RunCLI, capsys: pytest.CaptureFixture[str], kind: type[MNISTClassifier], has_graph: bool
@@ -113,6 +120,14 @@ def test_the_hparams_tab(run_cli: RunCLI, kind: type[MNISTClassifier]) -> None:
     for name in names if kind is MNISTClassifier else [*names, b"[3, 4]", b"None"]:
         assert name in start
     assert b"test/acc" in plugin["_hparams_/experiment"].plugin_data.content
+
+
+@pytest.mark.parametrize("logger", ["--trainer.logger=", "--trainer.logger+="], ids=["one", "a list"])
+def test_a_users_logger_shows_no_metric_that_was_not_measured(run_cli: RunCLI, logger: str) -> None:
+    assert run_cli("fit", *SHORT, f"{logger}TensorBoardLogger", "--trainer.logger.save_dir=there") == 0
+    shown = events("there" / RUN)
+    assert "val/acc" in shown.Tags()["scalars"]
+    assert "hp_metric" not in [*shown.Tags()["scalars"], *shown.summary_metadata]
 
 
 class Odd(pl.Callback):
