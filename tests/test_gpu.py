@@ -205,14 +205,10 @@ def test_waits_and_launches_of_an_iteration(
 
     monkeypatch.setattr(_TrainingEpochLoop, "on_iteration_done", on_iteration_done)
     monkeypatch.setattr(EpochLoop, "_run_without_hooks", run_without_hooks)
-    settings: dict[str, Any] = {
-        "precision": None,
-        "max_epochs": 1,
-        "log_every_n_steps": 5,
-        "enable_checkpointing": None,
-    }
+    settings: dict[str, Any] = {"precision": None, "max_epochs": 1, "log_every_n_steps": 5}
     for trainer_class, callbacks in {Trainer: commands, pl.Trainer: []}.items():
-        fit(data, "gpu", trainer_class, logger=TensorBoardLogger(tmp_path), callbacks=callbacks, **settings)
+        settings |= {"enable_checkpointing": None, "logger": TensorBoardLogger(tmp_path), "callbacks": callbacks}
+        fit(data, "gpu", trainer_class, **settings)
     assert {name: counts[name] for name in LAUNCHES_AND_WAITS} == LAUNCHES_AND_WAITS
 
 
