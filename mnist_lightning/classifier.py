@@ -102,7 +102,9 @@ class MNISTClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, with one kernel for all parameters, and a learning-rate schedule that steps in each iteration."""
-        optimizer = AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        # With that one kernel Lightning cannot clip gradients that the scaler of 16-mixed has scaled.
+        fused = not (self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val)
+        optimizer = AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         if self.learning_rate_schedule == "constant":
             return optimizer
         if self.learning_rate_schedule != "one_cycle":

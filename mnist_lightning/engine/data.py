@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BatchSizeFinder
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from .checkpoint_file import plain_values
+from .console import JobError
 
 
 class Augmentation(Protocol):
@@ -159,16 +160,20 @@ class DeviceDataModule(pl.LightningDataModule):
         shuffle_seed: int | None = None,
         augmentation: Augmentation | None = None,
     ) -> DeviceLoader:
-        """A `DeviceLoader` on the Trainer's device, for this process's part of each minibatch.
+        """A `DeviceLoader` for this process's part of each minibatch, on the device of a Trainer while it runs.
 
-        With `Trainer(overfit_batches)` it neither shuffles nor augments: the same minibatches each epoch.
+        Else it is on the CPU, where Lightning leaves the network. With `Trainer(overfit_batches)` it neither shuffles
+        nor augments: the same minibatches each epoch.
+
+        Raises:
+            JobError: The tensors do not fit in the device's memory.
         """
         share: dict[str, int] = {}
         if trainer := self.trainer:
             if trainer.overfit_batches:  # type: ignore[attr-defined]
                 shuffle_seed = augmentation = None
-            device = trainer.strategy.root_device
-            inputs, targets = inputs.to(device), targets.to(device)
+            if trainer.state.status == TrainerStatus.RUNNING:
+                inputs, targets = (_to_device(tensor, trainer.strategy.root_device) for tensor in (inputs, targets))
             share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         return DeviceLoader(inputs, targets, batch_size, shuffle_seed=shuffle_seed, augmentation=augmentation, **share)
 
@@ -196,3 +201,13 @@ class DeviceDataModule(pl.LightningDataModule):
                 raise MisconfigurationException(
                     f"data.{name} is {value}, but the checkpoint was trained with {then}; give the same to resume it"
                 )
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    try:
+        return tensor.to(device)
+    except torch.OutOfMemoryError as error:
+        raise JobError(
+            f"{device} has no room for a split of {tensor.nbytes / 1e9:.2f} GB, all of which DeviceLoader keeps there; "
+            "give --trainer.accelerator cpu, or return a DataLoader of PyTorch's from the data module"
+        ) from error

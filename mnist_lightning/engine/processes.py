@@ -54,6 +54,8 @@ class DDP(DDPStrategy):
 def all_reduce_max(trainer: pl.Trainer, number: int) -> int:
     """The largest of the processes' numbers; each process has to call it."""
     strategy = trainer.strategy
+    if trainer.world_size == 1:
+        return number
     return int(strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op="max"))
 
 

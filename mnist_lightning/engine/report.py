@@ -105,7 +105,8 @@ class Report(pl.Callback):
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
-        is_stale = any(value is trainer.callback_metrics.get(name) for name, value in self._stale.items())
+        metrics = trainer.callback_metrics if is_due else {}  # each look at them waits for a GPU
+        is_stale = any(value is metrics.get(name) for name, value in self._stale.items())
         if is_due and not is_stale and (measured := _metrics(trainer, "train")):
             self.train.append([iteration, *measured])
             say(f"iter {iteration}: Loss={measured[0]:.2f}, Training Accuracy={measured[1]:.1%}")
@@ -191,11 +192,11 @@ def data_settings(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float] | None:
     """Loss and accuracy of a split, where the module logs them."""
-    names = (f"{split}/loss", f"{split}/acc")
-    if not set(names) <= trainer.callback_metrics.keys():
+    names, metrics = (f"{split}/loss", f"{split}/acc"), trainer.callback_metrics
+    if not set(names) <= metrics.keys():
         return None
     # Six digits: more would show the rounding of the float32 mean.
-    loss, acc = (round(trainer.callback_metrics[name].item(), 6) for name in names)
+    loss, acc = (round(metrics[name].item(), 6) for name in names)
     return loss, acc
 
 
