@@ -156,7 +156,7 @@ class FitLoop(_FitLoop):
 
     def _skip(self, batches: _DataFetcher, count: int) -> None:
         """Take so many batches once more, but those of loaders that go on by a state of their own."""
-        assert batches.combined_loader._iterator
+        assert batches.combined_loader._iterator is not None
         loaders, iterators = batches.combined_loader.flattened, batches.combined_loader._iterator.iterators
         kept = {i: iterators[i] for i, loader in enumerate(loaders) if hasattr(loader, "load_state_dict")}
         if len(kept) == len(loaders):
@@ -178,9 +178,9 @@ class FitLoop(_FitLoop):
             self._before_iter(self._note_iter)
 
     def _before_iter(self, call: Callable[[int], None]) -> None:
-        assert self._combined_loader
+        assert self._combined_loader is not None
         iterator = self._combined_loader._iterator
-        assert iterator
+        assert iterator is not None
         iterator.iterables = _Iterables(iterator.iterables, call)
 
     def _note_iter(self, part: int) -> None:

@@ -43,7 +43,7 @@ class ReadsMetrics(pl.Callback):
         for metrics in (trainer.logged_metrics, trainer.callback_metrics, trainer.progress_bar_metrics):
             module.seen.append(("metrics", {name: float(value) for name, value in metrics.items()}))
 
-    on_train_epoch_end = on_validation_end = on_train_end = read
+    on_train_epoch_end = on_validation_end = on_train_end = read  # type: ignore[assignment]
 
 
 # Modules
@@ -161,12 +161,12 @@ class GAN(Foreign):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         real, noise = batch[0], torch.randn(len(batch[0]), 4)
-        for number, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type]
+        for number, optimizer in enumerate(self.optimizers()):
             self.toggle_optimizer(optimizer)
             made = self.critic(self.generator(noise))
-            loss = (
-                F.softplus(-made).mean() if number == 0 else (F.softplus(made) + F.softplus(-self.critic(real))).mean()
-            )
+            loss = F.softplus(-made).mean()
+            if number == 1:
+                loss = (F.softplus(made) + F.softplus(-self.critic(real))).mean()
             self.log(f"loss {number}", loss, prog_bar=True, on_step=True, on_epoch=True)
             optimizer.zero_grad()
             self.manual_backward(loss)
