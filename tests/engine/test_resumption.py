@@ -135,9 +135,6 @@ class Stateful(DataLoader[Any]):
         if not self.is_loaded:
             self.order, self.done = torch.randperm(len(self.dataset)).tolist(), 0  # type: ignore[arg-type]
         self.is_loaded = False
-        return self.batches()
-
-    def batches(self) -> Iterator[Any]:
         while self.done < len(self):
             indices = self.order[self.done * 8 : (self.done + 1) * 8]
             self.done += 1
@@ -147,7 +144,7 @@ class Stateful(DataLoader[Any]):
         return {"order": self.order, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order, self.done, self.is_loaded = state["order"], state["done"], True
+        self.order, self.done, self.is_loaded = state["order"], state["done"], bool(state["order"])
 
 
 def noisy(**settings: Any) -> DataLoader[Any]:
@@ -246,7 +243,6 @@ CASES: dict[str, tuple[Any, Make, Settings, Settings]] = {
     "own generator": (Foreign, lambda: noisy(generator=torch.Generator().manual_seed(3)), {}, {}),
     "sampler": (Foreign, weighted, {}, {}),
     "stateful": (Foreign, lambda: Stateful(Noisy(), 8), {}, {}),
-    "stateful and not": (TwoLoaders, lambda: {"a": Stateful(Noisy(), 8), "b": noisy()}, {}, {}),
     "iterable": (Foreign, lambda: DataLoader(Shuffled(), 8), {}, {}),
     "manual": (Manual, loader, {}, {}),
     "validates within": (Foreign, loader, {"val_check_interval": 4, "more": lambda: [validated()]}, {}),
