@@ -30,7 +30,7 @@ NAMES += ["two loaders", "manual", "accumulates", "SchedulesBySteps", "Schedules
 
 
 def in_new_process(function: Any, *arguments: Any) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     process.start()
     process.join()
     assert process.exitcode == 0
