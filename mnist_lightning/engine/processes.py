@@ -61,7 +61,7 @@ def all_reduce_max(trainer: pl.Trainer, number: int) -> int:
 
 def all_gather_object(trainer: pl.Trainer, value: Any) -> list[Any]:
     """The processes' values, in order; each process has to call it."""
-    if trainer.world_size == 1:
+    if trainer.world_size == 1 or not torch.distributed.is_initialized():  # as after a fit of spawned processes
         return [value]
     values: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)

@@ -1,6 +1,7 @@
 """A run that is resumed from any of its checkpoints ends as one that was never interrupted, to the bit."""
 
 import random
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from engine.test_loop import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from mnist_lightning import Trainer
 from mnist_lightning.engine.checkpoints import CheckpointIO
@@ -106,8 +107,53 @@ class OwnOptimizer(Foreign):
         return CountsSteps(self.parameters(), 0.1, momentum=0.9)
 
 
+class DrawsInSteps(Foreign):
+    """From NumPy's and Python's random numbers."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (1 + random.random() + float(np.random.rand()))
+
+
+class Shuffled(Endless):
+    """An iterable in another order each time."""
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(len(self.data)).tolist()
+        return (self.data[i] for i in order)
+
+    data: Any = loader().dataset
+
+
+class Stateful(DataLoader[Any]):
+    """It goes on by a state of its own, as torchdata's `StatefulDataLoader` does."""
+
+    order: Sequence[int] = ()
+    done = 0
+    is_loaded = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if not self.is_loaded:
+            self.order, self.done = torch.randperm(len(self.dataset)).tolist(), 0  # type: ignore[arg-type]
+        self.is_loaded = False
+        while self.done < len(self):
+            indices = self.order[self.done * 8 : (self.done + 1) * 8]
+            self.done += 1
+            yield self.collate_fn([self.dataset[i] for i in indices])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.done, self.is_loaded = state["order"], state["done"], bool(state["order"])
+
+
 def noisy(**settings: Any) -> DataLoader[Any]:
-    return DataLoader(Noisy(), 8, shuffle=True, **settings)
+    settings = {"shuffle": "sampler" not in settings} | settings
+    return DataLoader(Noisy(), 8, **settings)
+
+
+def weighted(**settings: Any) -> DataLoader[Any]:
+    return noisy(sampler=WeightedRandomSampler(torch.arange(1.0, 86).tolist(), 85, **settings))
 
 
 def saver(filename: str, **when: Any) -> ModelCheckpoint:
@@ -193,8 +239,11 @@ CASES: dict[str, tuple[Any, Make, Settings, Settings]] = {
     "plain": (Foreign, loader, {"max_epochs": 3}, {"log_every_n_steps": 50}),
     "Lightning's loop": (Foreign, loader, {}, {"fast": False}),
     "random transform": (Foreign, noisy, {}, {}),
+    "draws in steps": (DrawsInSteps, noisy, {}, {}),
     "own generator": (Foreign, lambda: noisy(generator=torch.Generator().manual_seed(3)), {}, {}),
-    "no length": (Foreign, lambda: DataLoader(Endless(), 8), {}, {}),
+    "sampler": (Foreign, weighted, {}, {}),
+    "stateful": (Foreign, lambda: Stateful(Noisy(), 8), {}, {}),
+    "iterable": (Foreign, lambda: DataLoader(Shuffled(), 8), {}, {}),
     "manual": (Manual, loader, {}, {}),
     "validates within": (Foreign, loader, {"val_check_interval": 4, "more": lambda: [validated()]}, {}),
     "no validation": (Foreign, loader, {"limit_val_batches": 0, "more": lambda: [every(PER_EPOCH)]}, {}),
@@ -203,6 +252,8 @@ CASES: dict[str, tuple[Any, Make, Settings, Settings]] = {
 }
 SLOW: dict[str, tuple[Any, Make, Settings, Settings]] = {
     "workers": (Foreign, lambda: noisy(num_workers=2), {}, {}),
+    "sampler's generator": (Foreign, lambda: weighted(generator=torch.Generator().manual_seed(3)), {}, {}),
+    "iterable, workers": (Foreign, lambda: DataLoader(Shuffled(), 8, num_workers=1), {}, {}),
     "two loaders": (TwoLoaders, lambda: CombinedLoader(pair(), "min_size"), {}, {}),
     "reload": (Foreign, loader, {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 3}, {}),
     "in double": (Foreign, loader, {"precision": "64-true"}, {"log_every_n_steps": 7}),
