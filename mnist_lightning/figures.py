@@ -11,7 +11,7 @@ from mnist_lightning.digits.examples import DRAWN, Collector, join
 from mnist_lightning.digits.network_figures import or_say
 from mnist_lightning.engine.console import say
 from mnist_lightning.engine.processes import gather_parts
-from mnist_lightning.engine.report import data_name, report, save_figures
+from mnist_lightning.engine.report import data_name, report
 from mnist_lightning.engine.runs import run_directory
 
 
@@ -43,7 +43,7 @@ class Figures(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if self.enabled and not trainer.global_step and getattr(data, "distortions", None):
             with or_say("No figure distortions.png"):
-                save_figures(run_figures.draw_distortions(data, data_name(trainer)), trainer)
+                run_figures.save(run_figures.draw_distortions(data, data_name(trainer)), trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget an earlier test, which may have been interrupted."""
@@ -66,16 +66,16 @@ class Figures(pl.Callback):
             if history and history.train:
                 train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (history.train, history.val))
                 curves = plots.training_curves(train, val, f"{name}: training curves")
-                save_figures({"training_curves": curves}, trainer)
+                run_figures.save({"training_curves": curves}, trainer)
         with or_say("No figures of the test"):
             examples = join(parts)
             if len(trainer.num_test_batches) > 1:
                 say("The figures are of the first test loader")
             are_digits = type(trainer.datamodule) is MNISTDataModule  # type: ignore[attr-defined]
-            save_figures(run_figures.draw_test(examples, by_confidence, name, are_digits), trainer)
+            run_figures.save(run_figures.draw_test(examples, by_confidence, name, are_digits), trainer)
             if self.network:
                 mistakes = examples.mistakes(by_confidence)[:DRAWN]
-                save_figures(network_figures.draw(pl_module, examples, mistakes, name), trainer)
+                run_figures.save(network_figures.draw(pl_module, examples, mistakes, name), trainer)
             with or_say("Nothing in the projector"):
                 if self.projector:
                     network_figures.add_to_projector(trainer, pl_module, examples)

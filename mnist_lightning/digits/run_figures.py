@@ -1,5 +1,6 @@
 """Figures of a run: distorted training digits, and what became of the test's images."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,9 @@ from mnist_lightning.digits.examples import DRAWN, Examples
 from mnist_lightning.digits.network_figures import or_say
 from mnist_lightning.digits.plots import Figure
 from mnist_lightning.engine.data import uniform_noise
+from mnist_lightning.engine.report import report
+from mnist_lightning.engine.runs import run_directory
+from mnist_lightning.engine.tensorboard import log_pictures
 
 
 def draw_distortions(data: Any, name: str) -> dict[str, Figure]:
@@ -45,3 +49,17 @@ def draw_test(examples: Examples, by_confidence: bool, name: str, are_digits: bo
         order = "most confident first" if by_confidence else first
         figures["misclassified"] = grid(examples.mistakes(by_confidence), "misclassified", order)
     return figures
+
+
+def save(figures: Mapping[str, Figure], trainer: Any) -> None:
+    """Save figures in the run's `figures/`, and show them in its loggers, in the first process."""
+    folder = run_directory(trainer)
+    if folder is None:
+        return
+    (folder / "figures").mkdir(exist_ok=True)
+    paths = {f"figures/{name}": folder / "figures" / f"{name}.png" for name in figures}
+    for figure, path in zip(figures.values(), paths.values(), strict=True):
+        figure.savefig(path, dpi=120)
+    found = report(trainer)
+    iteration = found.iteration(trainer) if found else trainer.global_step
+    log_pictures(trainer, paths, max(0, iteration - 1))

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,16 +14,12 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from .checkpoint_file import load_checkpoint, save_checkpoint, write_whole
-from .console import JobError, Stopped, command_line, rank, say
+from .checks import NotFiniteError, remedy
+from .console import Stopped, command_line, rank, say
 from .processes import all_reduce_max
 from .runs import CheckpointError, run_directory
-
-
-class NotFiniteError(JobError, FloatingPointError):
-    """A loss or a weight is infinite or no number."""
 
 
 class CheckpointIO(TorchCheckpointIO):
@@ -185,7 +180,7 @@ class BestAndLast(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
-            raise NotFiniteError(f"weights are not finite after iteration {trainer.global_step}; {_remedy(trainer)}")
+            raise NotFiniteError(f"weights are not finite after iteration {trainer.global_step}; {remedy(trainer)}")
         trainer.save_checkpoint(self.path(trainer, name), weights_only=False)  # all of it, not the weights alone
 
     def _take_signals(self, trainer: pl.Trainer) -> None:
@@ -219,27 +214,3 @@ class BestAndLast(Checkpoint):
             config = ["--config", str(run / "config.yaml")] if run else []
             resume = command_line("fit", *config, "--ckpt_path", str(self.path(trainer, "last")))
             raise Stopped(signum, f"Stopped and saved at iteration {self._saved:,}; to resume:\n{resume}")
-
-
-class FiniteLosses(pl.Callback):
-    """Ends a run where a loss that is logged is not finite.
-
-    Raises:
-        NotFiniteError: In `Trainer.fit`.
-    """
-
-    hooks_every_n_steps = 0
-
-    def on_train_batch_end(self, trainer: Any, _: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and trainer.global_step % (trainer.log_every_n_steps or 50) == 0:
-            loss = trainer.strategy.reduce(loss.detach())
-            if not loss.isfinite().all():
-                where = f"the loss is {loss.max().item()} at iteration {trainer.global_step}"
-                raise NotFiniteError(f"{where}; {_remedy(trainer)}")
-
-
-def _remedy(trainer: pl.Trainer) -> str:
-    if trainer.precision == "16-true":
-        return "half precision is too coarse for Adam: give trainer.precision 16-mixed or bf16-mixed"
-    return "try a smaller model.learning_rate"

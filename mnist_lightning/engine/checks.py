@@ -1,5 +1,6 @@
-"""What is refused before a run goes wrong: two processes in one directory, and what could not be resumed exactly."""
+"""What ends a run or keeps it from beginning: losses that are not finite, another process, inexact resumption."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,7 +9,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
+from .console import JobError
 from .processes import all_gather_object
 from .runs import CheckpointError, RunLock, run_directory
 
@@ -16,12 +19,16 @@ from .runs import CheckpointError, RunLock, run_directory
 KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
 
 
+class NotFiniteError(JobError, FloatingPointError):
+    """A loss or a weight is infinite or no number."""
+
+
 class Checks(pl.Callback):
     """Takes the lock on a run's directory, ends a run that had ended early, and refuses what would not resume exactly.
 
     Args:
         lock: Gets the lock; whoever made it gives it back.
-        ckpt_path: The checkpoint that this process has found.
+        ckpt_path: The checkpoint that this process has found, or "".
 
     Raises:
         JobError: Another process trains in the directory.
@@ -29,7 +36,7 @@ class Checks(pl.Callback):
             iterations in an epoch or in the schedule of the learning rate, or another optimizer.
     """
 
-    def __init__(self, lock: RunLock, ckpt_path: str | None = None) -> None:
+    def __init__(self, lock: RunLock, ckpt_path: str = "") -> None:
         self.lock, self.ckpt_path = lock, ckpt_path
         self._checkpoint: dict[str, Any] = {}
 
@@ -70,6 +77,31 @@ class Checks(pl.Callback):
             raise MisconfigurationException(
                 "StochasticWeightAveraging cannot be resumed in mid-epoch; resume a checkpoint of an epoch's end"
             )
+
+
+class FiniteLosses(pl.Callback):
+    """Ends a run where a loss that is logged is not finite.
+
+    Raises:
+        NotFiniteError: In `Trainer.fit`.
+    """
+
+    hooks_every_n_steps = 0
+
+    def on_train_batch_end(self, trainer: Any, _: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and trainer.global_step % (trainer.log_every_n_steps or 50) == 0:
+            loss = trainer.strategy.reduce(loss.detach())
+            if not loss.isfinite().all():
+                where = f"the loss is {loss.max().item()} at iteration {trainer.global_step}"
+                raise NotFiniteError(f"{where}; {remedy(trainer)}")
+
+
+def remedy(trainer: pl.Trainer) -> str:
+    """What to do about a loss or a weight that is not finite."""
+    if trainer.precision == "16-true":
+        return "half precision is too coarse for Adam: give trainer.precision 16-mixed or bf16-mixed"
+    return "try a smaller model.learning_rate"
 
 
 def early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
@@ -132,9 +164,9 @@ def _check_optimizers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         raise CheckpointError(f"{trainer.ckpt_path} is not of this program: {type(error).__name__}: {error}") from error
 
 
-def _check_state(state: dict[str, Any], parameter: torch.Tensor) -> None:
+def _check_state(state: dict[str, Any], parameter: Tensor) -> None:
     # Not a plain number, which some optimizers count steps with, and no kernel writes to.
-    for key in [key for key in KERNELS_WRITE & state.keys() if isinstance(state[key], torch.Tensor)]:
+    for key in [key for key in KERNELS_WRITE & state.keys() if isinstance(state[key], Tensor)]:
         value, shape = state[key], torch.Size() if key == "step" else parameter.shape
         is_dense = value.is_contiguous() or value.stride() == parameter.stride()  # channels last, say
         if value.shape != shape or not value.is_floating_point() or not is_dense:

@@ -1,9 +1,7 @@
 """The command line of a Trainer: LightningCLI with defaults of ours, checkpoints by name, and runs that are resumed."""
 
 import os
-import re
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
@@ -24,22 +21,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from . import ckpt_path, processes
-from .checkpoints import BestAndLast, CheckpointIO, FiniteLosses
-from .checks import Checks
-from .console import PROGRAM, TRAINER_COMMANDS, JobError, Stopped, UsageError, has_user_code, say, without_noise
+from .checkpoints import BestAndLast, CheckpointIO
+from .checks import Checks, FiniteLosses
+from .console import PROGRAM, TRAINER_COMMANDS, say
+from .errors import in_one_line, without_noise
 from .loop import Trainer
-from .parser import Parser, add_settings, check_values, telling_line
+from .parser import Parser, add_settings, check_values
 from .report import Report
 from .runs import RUNS, RunLock, run_directory, runs_directory
 from .tensorboard import RunLogger, SaveConfig
-
-# Where Lightning does not name the setting, or names another way than the one that works here.
-CLEARER = {
-    "No supported gpu backend|accelerator is not available": (
-        "trainer.accelerator: this machine has no such device; give --trainer.accelerator cpu"
-    ),
-    "not compatible with an interactive environment": processes.SEVERAL,
-}
 
 
 class LightningParser(Parser, LightningArgumentParser):
@@ -75,7 +65,6 @@ class CLI(LightningCLI):
             datamodule_class,
             trainer_class=Trainer,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "accelerator": "cpu",
                 "devices": 1,
@@ -144,7 +133,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the logger, the callbacks and the progress bar, where the user has not chosen otherwise."""
-        config, fits = self.config_init[self.subcommand].trainer, self.subcommand == "fit"
+        config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = RunLogger(
                 self.runs.parent,
@@ -153,8 +142,6 @@ class CLI(LightningCLI):
                 log_graph=not self.resumed_run,
                 default_hp_metric=False,
             )
-        elif config.logger is False:
-            self.save_config_callback = None
         given, plugins = (
             part if isinstance(part, list) else [part] if part else [] for part in (config.callbacks, config.plugins)
         )
@@ -166,7 +153,7 @@ class CLI(LightningCLI):
         if not any(isinstance(each, ProgressBar) for each in given):
             kwargs["enable_progress_bar"] = config.enable_progress_bar is not False and sys.stdout.isatty()
             callbacks += [RichProgressBar(2)] * kwargs["enable_progress_bar"]
-        if not fits and not any(isinstance(each, ModelCheckpoint) for each in given):
+        if self.subcommand != "fit" and not any(isinstance(each, ModelCheckpoint) for each in given):
             kwargs["enable_checkpointing"] = False
         plugins = [*plugins, *processes.slurm_without_requeue(plugins), CheckpointIO(type(self.model))]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
@@ -180,7 +167,7 @@ class CLI(LightningCLI):
             fit = self.config.fit
             self.best_and_last = BestAndLast(fit.checkpoint_every, fit.monitor, fit.mode)
         ours = [FiniteLosses(), self.report, *([self.best_and_last] if self.best_and_last else [])]
-        return [Checks(self.lock, self.checkpoint and str(self.checkpoint)), *given, *ours]
+        return [Checks(self.lock, str(self.checkpoint or "")), *given, *ours]
 
     def fit(self, **kwargs: Any) -> None:
         """Train, then test."""
@@ -208,11 +195,9 @@ class CLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def validate(self, **kwargs: Any) -> None:
-        """Measure the validation split."""
         self.trainer.validate(**kwargs, verbose=False)
 
     def test(self, **kwargs: Any) -> None:
-        """Measure the test split and draw the figures."""
         self.trainer.test(**kwargs, verbose=False)
 
     def after_fit(self) -> None:
@@ -232,26 +217,5 @@ def train(*classes: Any, **settings: Any) -> None:
         UsageError: The command or the config is wrong.
         JobError: The job failed.
     """
-    try:
-        with without_noise(), processes.settings():
-            CLI(*classes, **settings)
-    except MisconfigurationException as error:
-        message = str(error)
-        raise UsageError(next((CLEARER[each] for each in CLEARER if re.search(each, message)), message)) from error
-    except (JobError, Stopped):
-        raise
-    except Exception as error:
-        if not has_user_code(error):
-            frames = traceback.extract_tb(error.__traceback__)
-            if any(re.match(r"_?restore_|load_state_dict", frame.name) for frame in frames):
-                cause = f"{type(error).__name__}: {error}"
-                raise JobError(f"ckpt_path: the checkpoint is not of this program: {cause}") from error
-            if isinstance(error, ValueError | TypeError | ImportError):  # one of Lightning's checks
-                raise UsageError(telling_line(str(error))) from error
-        if "address already in use" in str(error).lower():
-            used = f"port {os.environ.get('MASTER_PORT')} is in use, maybe by another run"
-            raise JobError(f"{used}; set MASTER_PORT to a free one, or unset it") from error
-        if processes.is_lost(error):
-            lost = "another process of the run has ended or does not answer; to resume: --ckpt_path last"
-            raise JobError(lost) from error
-        raise
+    with in_one_line(), without_noise(), processes.settings():
+        CLI(*classes, **settings)

@@ -3,16 +3,12 @@
 import contextlib
 import difflib
 import gc
-import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -27,21 +23,6 @@ TRAINER_COMMANDS = {
     "test": "Measure the test split again.",
     "predict": "Predict the test split.",
 }
-
-# Lightning announces itself, and says what our own lines say.
-NOISE = re.compile(
-    r"(GPU|TPU|HPU|IPU) available|💡 Tip|Seed set to|`Trainer\.fit` stopped: `max_|Restor(ing|ed) (all )?states"
-    r"|Loaded model weights|Loading `train_dataloader`|distributed_backend=|`Trainer\(limit_|LOCAL_RANK: \d+ - CUDA"
-    r"|You are using a CUDA device .* Tensor Cores|Using (16bit|bfloat16)"
-)
-NOISY_WARNINGS = (
-    r".*`torch.jit.trace",  # TensorBoard's graph, inside PyTorch
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
-    r"The number of training batches .* is smaller than the logging interval",  # a short run is no mistake
-    r"Checkpoint directory .* exists and is not empty",  # of the run that is being resumed
-    r"The `srun` command is available on your system",  # also on a machine that only hands jobs in
-    r"Be aware that when using `ckpt_path`, callbacks",  # only `fit` writes checkpoints
-)
 
 Command = Callable[[list[str]], None]
 
@@ -169,17 +150,6 @@ def command_line(*arguments: str) -> str:
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
-def has_user_code(error: Exception) -> bool:
-    """Whether a file outside of this folder, Lightning and its libraries led to an error, or to what led to it."""
-    libraries = {Path(__file__).parent.as_posix(), "lightning", "torch", "jsonargparse"}
-    cause = error.__cause__ or error.__context__
-    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    are_libraries = [bool(libraries & {*file.parts, file.parent.as_posix()}) for file in files]
-    # What comes before the first of them is the program that was started.
-    is_own = True not in are_libraries or not all(are_libraries[are_libraries.index(True) :])
-    return is_own or (isinstance(cause, Exception) and has_user_code(cause))
-
-
 def rank() -> int:
     """This process's number among those of the run; 0 is the first, or the only one, also before there is a Trainer."""
     return getattr(rank_zero_only, "rank", 0)
@@ -215,25 +185,3 @@ def without_garbage_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def without_noise() -> Iterator[None]:
-    """Leave out Lightning's lines and warnings that no user can act on."""
-
-    def is_told(record: logging.LogRecord) -> bool:
-        return not NOISE.search(record.getMessage())
-
-    handlers = [
-        handler for part in ("pytorch", "fabric") for handler in logging.getLogger(f"lightning.{part}").handlers
-    ]
-    for handler in handlers:
-        handler.addFilter(is_told)
-    with warnings.catch_warnings():
-        for message in NOISY_WARNINGS:
-            warnings.filterwarnings("ignore", message)
-        try:
-            yield
-        finally:
-            for handler in handlers:
-                handler.removeFilter(is_told)

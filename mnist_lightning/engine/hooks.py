@@ -1,7 +1,10 @@
 """Iterations without hooks: who needs the hooks of each, and the optimizer step of one that nobody needs them for."""
 
+import contextlib
 import inspect
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +190,25 @@ class StepWithoutHooks:
         if not all(map(torch.equal, tensors, trial)):
             rank_zero_info(f"{name_of(self.fused)} leaves other weights: training_step is taken")
             self.fused = self.is_fused = None
+
+
+@contextlib.contextmanager
+def without_search_for_gpus() -> Iterator[None]:
+    """Let PyTorch remember that there is no GPU.
+
+    With the "1" that Lightning sets, every `optimizer.step()` on a machine without a GPU searches for NVIDIA's library
+    again: 0.1 to 0.25 ms a step, a fifth of a small network's whole step.
+    """
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(name)
+    if torch.cuda.is_available() or before is None:
+        yield
+        return
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 def name_of(step: Any) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import os
 import time
 from collections.abc import Iterator
 from typing import Any, Union, get_args
@@ -76,7 +75,7 @@ class EpochLoop(_TrainingEpochLoop):
 
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Run an epoch."""
-        with _without_search_for_gpus():
+        with hooks.without_search_for_gpus():
             super().run(data_fetcher)
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
@@ -174,25 +173,6 @@ class EpochLoop(_TrainingEpochLoop):
             before = self.batch_progress.total.ready if trainer.check_val_every_n_epoch is None else done
             due.append(trainer.val_check_batch - before % trainer.val_check_batch)
         return int(min(due)) - 1
-
-
-@contextlib.contextmanager
-def _without_search_for_gpus() -> Iterator[None]:
-    """Let PyTorch remember that there is no GPU.
-
-    With the "1" that Lightning sets, every `optimizer.step()` on a machine without a GPU searches for NVIDIA's library
-    again: 0.1 to 0.25 ms a step, a fifth of a small network's whole step.
-    """
-    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
-    before = os.environ.get(name)
-    if torch.cuda.is_available() or before is None:
-        yield
-        return
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -4,9 +4,8 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,9 +18,6 @@ from .console import PROGRAM, printable, say
 from .data import DeviceDataModule
 from .hooks import name_of
 from .runs import run_directory
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Report(pl.Callback):
@@ -168,20 +164,6 @@ def report(trainer: pl.Trainer) -> Report | None:
     """The Trainer's report, if it has one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Report)), None)
-
-
-def save_figures(figures: Mapping[str, "Figure"], trainer: pl.Trainer) -> None:
-    """Save figures in the run's `figures/`, and show them in its loggers, in the first process."""
-    folder = run_directory(trainer)
-    if folder is None:
-        return
-    (folder / "figures").mkdir(exist_ok=True)
-    paths = {f"figures/{name}": folder / "figures" / f"{name}.png" for name in figures}
-    for figure, path in zip(figures.values(), paths.values(), strict=True):
-        figure.savefig(path, dpi=120)
-    found = report(trainer)
-    iteration = found.iteration(trainer) if found else trainer.global_step
-    tensorboard.log_pictures(trainer, paths, max(0, iteration - 1))
 
 
 def data_settings(trainer: pl.Trainer) -> dict[str, Any]:

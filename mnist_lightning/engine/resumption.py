@@ -1,7 +1,6 @@
 """Exact resumption: checkpoints keep all random states, and a loader that cannot say where it was is taken there."""
 
 import itertools
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -51,18 +50,6 @@ class CheckpointConnector(_CheckpointConnector):
             fit_loop.load_random_states(states[rank])
 
 
-class _Iterables(list[Any]):
-    """A combined loader's parts, of which Lightning takes one by its number where it begins with it in mid-epoch."""
-
-    def __init__(self, parts: Iterable[Any], before_iter: Callable[[int], None]) -> None:
-        super().__init__(parts)
-        self.before_iter = before_iter
-
-    def __getitem__(self, number: Any) -> Any:
-        self.before_iter(number)
-        return super().__getitem__(number)
-
-
 class FitLoop(_FitLoop):
     """Lightning's loop over epochs, which knows the random states that an epoch's batches came from.
 
@@ -72,24 +59,21 @@ class FitLoop(_FitLoop):
     Attributes:
         before_epoch: The states from which the loader's iterator was made; None between two epochs.
         before_batch: Those from which its first batch was taken; None before that.
-        begun_later: Those from which parts of several loaders were begun last, after the epoch's first batch.
     """
 
     before_epoch: States | None = None
     before_batch: States | None = None
-    begun_later: dict[int, States] | None = None
     _after_iter: States | None = None
     _loaded: dict[str, States | None] | None = None
     """Of a checkpoint, until they are due: `before_epoch`, `before_batch`, and `now`, at the checkpoint."""
 
     def random_states(self) -> dict[str, States | None]:
         """What a checkpoint keeps for this process."""
-        states = {name: getattr(self, name) for name in ("before_epoch", "before_batch", "begun_later")}
-        return {**states, "now": self._states()}
+        return {"before_epoch": self.before_epoch, "before_batch": self.before_batch, "now": self._states()}
 
     def load_random_states(self, states: dict[str, States | None]) -> None:
         """Take over what `random_states` gave to a checkpoint."""
-        self._loaded = {name: states[name] for name in ("before_epoch", "before_batch", "begun_later", "now")}
+        self._loaded = {name: states[name] for name in ("before_epoch", "before_batch", "now")}
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         """Load Lightning's state; an epoch that `max_steps` or a callback has ended early goes on."""
@@ -118,7 +102,7 @@ class FitLoop(_FitLoop):
         loop = self.epoch_loop
         if self._loaded and loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
             # Saved in an epoch's last iteration: Lightning goes on with the next epoch, without this one's validation.
-            self._loaded = dict.fromkeys(self._loaded) | {"now": self._loaded["now"]}
+            self._loaded = {"before_epoch": None, "before_batch": None, "now": self._loaded["now"]}
         if self._loaded and self._loaded["before_batch"] is None:
             self._restore_states(self._loaded["now"])
         super().on_advance_start()
@@ -144,11 +128,7 @@ class FitLoop(_FitLoop):
         self.before_epoch, self.before_batch = made_from, loaded.get("before_batch")
         if self.before_batch:
             self._restore_states(self.before_batch)
-            later: Any = loaded["begun_later"] or {}
-            self.begun_later = later
-            self._before_iter(lambda part: self._restore_states(later.get(part) or self._states()))
             self._skip(batches, self.epoch_loop.batch_progress.current.ready)
-            self._before_iter(self._note_iter)
             self._restore_states(loaded["now"])
         elif loaded:
             self._restore_states(now if loaded["before_epoch"] else self._after_iter)
@@ -174,18 +154,7 @@ class FitLoop(_FitLoop):
     def before_next_batch(self, ready: int) -> None:
         """Remember the states from which the epoch's first batch is taken; `ready` batches came before."""
         if ready == 0:
-            self.before_batch, self.begun_later = self._states(), {}
-            self._before_iter(self._note_iter)
-
-    def _before_iter(self, call: Callable[[int], None]) -> None:
-        assert self._combined_loader is not None
-        iterator = self._combined_loader._iterator
-        assert iterator is not None
-        iterator.iterables = _Iterables(iterator.iterables, call)
-
-    def _note_iter(self, part: int) -> None:
-        assert self.begun_later is not None
-        self.begun_later[part] = self._states()
+            self.before_batch = self._states()
 
     def on_advance_end(self) -> None:
         """Forget the iterator of an epoch that is over."""

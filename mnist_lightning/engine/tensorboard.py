@@ -83,9 +83,9 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save at once where nothing is trained."""
-        if stage == "fit":
-            self.already_saved = True  # also for the test that comes after
-        super().setup(trainer, pl_module, stage)
+        if stage != "fit" and not self.already_saved:
+            self.on_train_start(trainer, pl_module)
+        self.already_saved = True  # also for the test that comes after a fit
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, in one step: a resumed run needs its config."""

@@ -18,7 +18,8 @@ from engine.test_resumption import resume
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mnist_lightning import MNISTClassifier, Trainer
-from mnist_lightning.engine.checkpoints import BestAndLast, CheckpointIO, NotFiniteError
+from mnist_lightning.engine.checkpoints import BestAndLast, CheckpointIO
+from mnist_lightning.engine.checks import NotFiniteError
 from mnist_lightning.engine.console import Stopped
 
 Act = Callable[[Any], None]

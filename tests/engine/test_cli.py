@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule
 from mnist_lightning.engine import cli
-from mnist_lightning.engine.console import NOISE, run_command
+from mnist_lightning.engine.console import run_command
+from mnist_lightning.engine.errors import NOISE
 
 SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=8", "--test_after_fit=false"]
 RUN = Path("lightning_logs/version_0")

@@ -211,7 +211,9 @@ def test_as_with_lightnings(case: str, hooks: Any, tmp_path: Path) -> None:
     assert hooks is list or {"on_fit_start", "on_validation_batch_end", "on_train_epoch_end"} <= noted
 
 
-@pytest.mark.parametrize("case", ["collects", "graphs", "GAN", *map(slow, ("groups", "several loaders"))])
+@pytest.mark.parametrize(
+    "case", ["collects", "graphs", "GAN", *map(slow, ("groups", "several loaders, to the longest"))]
+)
 def test_resumed(case: str, tmp_path: Path) -> None:
     module, data, settings = STRANGERS[case]
     assert_exact_from_each(tmp_path, module, data, settings, {})
