@@ -95,16 +95,20 @@ class EpochLoop(_TrainingEpochLoop):
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
         """Validate if it is due. Otherwise call the callbacks' `on_step_logged`."""
-        validates, stops = self._should_check_val_fx(data_fetcher), self.trainer.should_stop
-        self.trainer.should_stop = False
-        self._validates_to_stop = validates and not self._should_check_val_fx(data_fetcher)
-        self.trainer.should_stop = stops
+        if self.trainer.should_stop:
+            self.trainer.should_stop = False
+            self._validates_to_stop = not self._should_check_val_fx(data_fetcher)
+            self.trainer.should_stop = True
         super().on_advance_end(data_fetcher)
         self._validates_to_stop = False
-        if not validates and not self.batch_progress.is_last_batch:
+        if not self._validates and not self.batch_progress.is_last_batch:
             for callback in self.trainer.callbacks:
                 if on_step_logged := getattr(callback, "on_step_logged", None):
                     on_step_logged(self.trainer)
+
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        self._validates: bool = super()._should_check_val_fx(data_fetcher)
+        return self._validates
 
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Lightning's state; a validation that only the end of training caused is not repeated by a resumed run."""
