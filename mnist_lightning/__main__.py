@@ -1,6 +1,5 @@
 """`python -m mnist_lightning`: the commands. Each imports what it uses when it runs, so that it starts fast."""
 
-import gc
 import sys
 
 from mnist_lightning.commands import commands_for
@@ -31,12 +30,5 @@ def main(*classes: type) -> int:
     return run_command(train, commands_for(classes), "Train a two-layer network to classify handwritten digits.")
 
 
-def run(*classes: type) -> None:
-    """Run the command line, then end this process with its exit code."""
-    code = main(*classes)
-    gc.freeze()  # or the interpreter would take a million objects of imported modules apart, for 1.8 s
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    run()
+    sys.exit(main())

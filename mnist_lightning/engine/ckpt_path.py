@@ -77,8 +77,8 @@ def take_settings(
         for group, values in saved.items()
     }
     known["data"].pop("seed", None)  # it is `seed_everything`
-    configs = [str(run / "config.yaml")] if run and (run / "config.yaml").is_file() else []
-    configs.append(yaml.safe_dump(known))
+    files = [run / "config.yaml"] if run else []
+    configs = [*(str(file) for file in files if file.is_file()), yaml.safe_dump(known)]
     config = parser.parse_args([command, *(f"--config={each}" for each in configs), *sys.argv[2:]])
     for name in known["model"]:
         given, value = config[command].model[name], saved["model"][name]

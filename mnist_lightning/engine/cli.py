@@ -39,8 +39,7 @@ class LightningParser(Parser, LightningArgumentParser):
 class CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict`. Making one runs the command.
 
-    `ckpt_path` may also be `best` or `last` of the newest run or, for `fit`, `auto`: the newest unfinished run with the
-    same settings, or none.
+    `ckpt_path` may also be `best` or `last` of the newest run; for `fit` also `auto`, as `ckpt_path.find` has it.
 
     Args:
         model_class: The module to train.

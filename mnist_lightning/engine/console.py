@@ -62,15 +62,12 @@ def run_command(train: Callable[[], None], commands: Mapping[str, Command], desc
     Raises:
         Exception: There is a bug, ours or the user's: Python shows where.
     """
-    environment, streams = dict(os.environ), (sys.stdout, sys.stderr)
-    # Closed, or of a program without a console: what is printed goes nowhere.
-    sys.stdout, sys.stderr = (
-        stream if stream and not stream.closed else open(os.devnull, "w")  # noqa: PTH123, SIM115
-        for stream in streams
-    )
-    if "ipykernel" not in sys.modules:
-        # A notebook's `!python -m ...` inherits its variable, which may name a backend that is not installed here.
-        os.environ["MPLBACKEND"] = "agg"
+    with _streams_and_environment():
+        code = _exit_code(train, commands, description)
+    return code
+
+
+def _exit_code(train: Callable[[], None], commands: Mapping[str, Command], description: str) -> int:
     try:
         _dispatch(train, commands, description)
         return 0
@@ -92,6 +89,21 @@ def run_command(train: Callable[[], None], commands: Mapping[str, Command], desc
         if error.filename is None:
             raise
         return _fail(error, 1)
+
+
+@contextlib.contextmanager
+def _streams_and_environment() -> Iterator[None]:
+    """Replace streams that are missing or closed, as those of a program without a console; at the end, put all back."""
+    environment, streams = dict(os.environ), (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = (
+        stream if stream and not stream.closed else open(os.devnull, "w")  # noqa: PTH123, SIM115
+        for stream in streams
+    )
+    if "ipykernel" not in sys.modules:
+        # A notebook's `!python -m ...` inherits its variable, which may name a backend that is not installed here.
+        os.environ["MPLBACKEND"] = "agg"
+    try:
+        yield
     finally:
         os.environ.clear()
         os.environ.update(environment)

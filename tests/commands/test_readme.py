@@ -171,7 +171,15 @@ def test_training_step_is_quoted_exactly() -> None:
 
 # Files that a run, a reader or another machine has, and this project does not.
 ELSEWHERE = {"config.yaml", "results.json", "predictions.csv", "demo.html", "mine.py", "exact.py", "pictures.py"}
-ELSEWHERE |= {"best.ckpt", "last.ckpt", "network.png", "weights.png", "attributions.png"}
+ELSEWHERE |= {
+    "best.ckpt",
+    "last.ckpt",
+    "digits.png",
+    "training_curves.png",
+    "network.png",
+    "weights.png",
+    "attributions.png",
+}
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)

@@ -1,4 +1,4 @@
-"""Takes the README's picture of TensorBoard: `python tests/share/tensorboard_picture.py lightning_logs tensorboard.png`."""
+"""Takes the README's picture of TensorBoard: `python tests/share/tensorboard_picture.py LOGDIR PICTURE`."""
 
 import shutil
 import subprocess
