@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from conftest import RunCLI, events, results, steps
 from engine.test_loop import Foreign, fit, loader
+from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lightning import Trainer
+from mnist_lightning import MNISTClassifier, Trainer
 from mnist_lightning.engine.report import Report
 
 RUN = Path("lightning_logs/version_0")
@@ -32,6 +33,31 @@ def test_a_module_without_accuracies_and_a_loader_that_is_given_to_fit(
     assert found["iterations"] == 22
     assert "test/acc" not in found
     assert re.match(r"Training on the given loader; 123 parameters on cpu, \d", capsys.readouterr().out)
+
+
+class ByTheEpoch(MNISTClassifier):
+    """Its accuracy is that of the whole epoch, in a metric of torchmetrics'."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.accuracy = MulticlassAccuracy(10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits, loss, _ = self.measure(batch)
+        self.accuracy(logits, batch[1])
+        self.log("train/loss", loss)
+        self.log("train/acc", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+
+def test_an_accuracy_of_the_last_epoch_is_not_taken_for_that_of_an_iteration(
+    run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--model.hidden_dim=8"]
+    assert run_cli("fit", *settings, classes=(ByTheEpoch,)) == 0
+    assert "iter " not in capsys.readouterr().out
+    assert steps(RUN, "train/loss") == [4, 9, 14, 19]
+    assert len(steps(RUN, "train/acc")) == 2
 
 
 def test_a_run_shorter_than_a_logging_interval_has_no_training_curve(
