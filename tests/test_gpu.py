@@ -251,7 +251,11 @@ def test_a_checkpoint_goes_from_device_to_device(run_cli: RunCLI, tmp_path: Path
     assert_alike(newest_run(tmp_path), whole)
 
 
+UNNAMED = SIM and torch.__version__ >= "2.15"
+
+
 @pytest.mark.skipif(not SIM and torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.skipif(UNNAMED, reason="PyTorch 2.15 asks the simulated group of processes for a name")
 def test_two_devices(run_cli: RunCLI, root: Path, tmp_path: Path) -> None:
     arguments = ["fit", GPU, "--data.dataset=files", f"--data.root={root / 'synthetic' / 'raw'}", "--data.val_size=200"]
     arguments += ["--trainer.max_epochs=1", "--trainer.precision=64-true"]

@@ -108,11 +108,11 @@ class BestAndLast(Checkpoint):
         if not best_exists:  # the checkpoint is from another directory
             self._best = None
         # From here on `--ckpt_path last` means this run.
-        if not last_exists:
-            if not trainer.ckpt_path:
+        if not trainer.ckpt_path:
+            if not last_exists:
                 self._save(trainer, "last")
-            elif trainer.is_global_zero:
-                write_whole(last, Path(trainer.ckpt_path).read_bytes())
+        elif trainer.is_global_zero and Path(trainer.ckpt_path).resolve() != last.resolve():
+            write_whole(last, Path(trainer.ckpt_path).read_bytes())
         if threading.current_thread() is threading.main_thread():
             self._take_signals(trainer)
 
@@ -188,6 +188,7 @@ class BestAndLast(Checkpoint):
             self._signum = signum
             trainer.run_hooks = True  # type: ignore[attr-defined]
             self._give_signals_back()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would wait for the next iteration
             if rank() == 0:
                 # Not `print`, which a handler must not call while another one is running.
                 with contextlib.suppress(OSError):

@@ -195,7 +195,7 @@ class DeviceDataModule(pl.LightningDataModule):
             return
         ours = self.state_dict()
         if "fingerprint" in ours and "fingerprint" in state_dict:
-            del ours["dataset_name"]
+            ours.pop("dataset_name", None)
         for name, value in ours.items():
             if (then := state_dict.get(name)) != value:
                 raise MisconfigurationException(

@@ -4,12 +4,17 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonargparse
+import lightning
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from . import processes
 from .console import JobError, Stopped, UsageError
@@ -49,6 +54,8 @@ def in_one_line() -> Iterator[None]:
         raise UsageError(next((CLEARER[each] for each in CLEARER if re.search(each, message)), message)) from error
     except (JobError, Stopped):
         raise
+    except SIGTERMException as error:  # outside of training, where nothing is to be saved
+        raise Stopped(signal.SIGTERM, "Stopped by SIGTERM") from error
     except Exception as error:
         if not has_user_code(error):
             frames = traceback.extract_tb(error.__traceback__)
@@ -68,10 +75,11 @@ def in_one_line() -> Iterator[None]:
 
 def has_user_code(error: Exception) -> bool:
     """Whether a file outside of this folder, Lightning and its libraries led to an error, or to what led to it."""
-    libraries = {Path(__file__).parent.as_posix(), "lightning", "torch", "jsonargparse"}
+    modules = (lightning.__file__, torch.__file__, jsonargparse.__file__, __file__)
+    libraries = [Path(str(module)).parent for module in modules]
     cause = error.__cause__ or error.__context__
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    are_libraries = [bool(libraries & {*file.parts, file.parent.as_posix()}) for file in files]
+    are_libraries = [any(map(file.is_relative_to, libraries)) for file in files]
     # What comes before the first of them is the program that was started.
     is_own = True not in are_libraries or not all(are_libraries[are_libraries.index(True) :])
     return is_own or (isinstance(cause, Exception) and has_user_code(cause))

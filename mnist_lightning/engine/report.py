@@ -57,7 +57,7 @@ class Report(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Testing the best checkpoint after a fit must not forget the epochs that came after it.
-        if not self.train:
+        if not self.has_begun:
             self.train, self.val = state_dict["train"], state_dict["val"]
             self._seconds_of_resumed_runs = state_dict["train_seconds"]
 
