@@ -188,7 +188,6 @@ class BestAndLast(Checkpoint):
             self._signum = signum
             trainer.run_hooks = True  # type: ignore[attr-defined]
             self._give_signals_back()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would wait for the next iteration
             if rank() == 0:
                 # Not `print`, which a handler must not call while another one is running.
                 with contextlib.suppress(OSError):
