@@ -5,6 +5,8 @@ import os
 # Before PyTorch is loaded: idle threads of one test would otherwise spin on the core that another test needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import signal
@@ -30,6 +32,8 @@ from mnist_lightning.engine.cli import CLI
 from mnist_lightning.engine.tensorboard import RunLogger
 
 SMALL = {"train": 1250, "t10k": 230}
+SILENT: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+"""Settings of a Trainer that logs and shows nothing."""
 VAL_SIZE = 200  # leaves 1,050 training digits: 11 minibatches of 100, the last one of 50
 
 RunCLI = Callable[..., int]
@@ -114,10 +118,20 @@ def mnist_root() -> str:
     return os.environ["MNIST_ROOT"]
 
 
+@pytest.fixture(params=[errno.ENOTSUP, errno.ENOLCK])
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system on which nothing can be locked."""
+
+    def flock(*_: object) -> None:
+        raise OSError(request.param, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
 @pytest.fixture
 def data(root: Path) -> MNISTDataModule:
-    """The small synthetic digits."""
-    return MNISTDataModule("synthetic", str(root), val_size=VAL_SIZE)
+    """The small synthetic digits, read."""
+    return prepare("synthetic", root)
 
 
 def prepare(dataset: str, root: Path) -> MNISTDataModule:

@@ -9,6 +9,7 @@ import jsonargparse
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SILENT
 from engine.test_loop import ONE_CYCLE, PER_EPOCH, compare, digits, fit
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -44,23 +45,14 @@ def test_what_one_edits_is_what_runs(edit: str, root: Path, tmp_path: Path, caps
     assert torch.equal(weights(run.module), weights(unedited.module)) is not is_silent
 
 
-@pytest.fixture
-def data(data: MNISTDataModule) -> MNISTDataModule:
-    """The small synthetic digits, read."""
-    data.prepare_data()
-    data.setup("fit")
-    return data
-
-
 def initial(**settings: Any) -> MNISTClassifier:
     torch.manual_seed(0)
     return MNISTClassifier(hidden_dim=20, **settings)
 
 
 def make_trainer(**settings: Any) -> Trainer:
-    no = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    defaults: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, "num_sanity_val_steps": 0}
-    return Trainer(**no | defaults | settings)
+    defaults = {"accelerator": "cpu", "max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+    return Trainer(**SILENT | defaults | settings)
 
 
 def train(data: MNISTDataModule, module: MNISTClassifier | None = None, **settings: Any) -> tuple[Trainer, Any]:

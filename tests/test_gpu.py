@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import RunCLI, assert_the_same, load, newest_run, results
+from conftest import SILENT, RunCLI, assert_the_same, load, newest_run, results
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -30,13 +30,7 @@ from mnist_lightning.engine.report import Report
 
 SIM: Any = sys.modules.get("sim")
 KIND = "sim" if SIM else "cuda"
-NOTHING: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+NOTHING = SILENT | {"enable_checkpointing": False, "num_sanity_val_steps": 0}
 GPU = "--trainer.accelerator=gpu"
 LAUNCHES_AND_WAITS = {
     "without hooks, 5": (30, 0),

@@ -70,7 +70,7 @@ class BestAndLast(Checkpoint):
     Best is the best value of `monitor`, the earliest of equals. Last is saved before the first iteration, after each
     epoch, and where something ends training within one: also Ctrl-C (SIGINT), SIGTERM, SIGUSR1 and SIGHUP, after which
     the running iteration is done first. (Several processes look for signals in iterations that are logged.) A second
-    signal stops at once. As a `Checkpoint`, this callback is called after all others, and saves what they have done. It
+    Ctrl-C stops at once. As a `Checkpoint`, this callback is called after all others, and saves what they have done. It
     needs the engine's Trainer.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from conftest import SILENT
 from engine.test_loop import classifier, digits
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -15,12 +16,7 @@ from mnist_lightning import Trainer
 from mnist_lightning.engine.data import DeviceLoader
 
 N = 1050
-NOTHING: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-}
+NOTHING = SILENT | {"accelerator": "cpu", "enable_checkpointing": False}
 
 
 def loader(**kwargs: Any) -> DeviceLoader:

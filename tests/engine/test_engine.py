@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import process_state
 import pytest
 import torch
-from conftest import fork
+from conftest import SILENT, fork
 from engine.test_loop import Foreign, classifier, digits, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ from mnist_lightning.engine.runs import RunLock
 
 PACKAGE = Path(mnist_lightning.__file__).parent
 WITH_PRIVATE_NAMES = {"loop.py", "hooks.py", "resumption.py"}
-NOTHING: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-NOTHING |= {"enable_model_summary": False}
+NOTHING = SILENT | {"accelerator": "cpu"}
 
 # In another project
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import SILENT, SMALL
 from engine.test_loop import digits
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner.tuning import Tuner
@@ -32,20 +32,11 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     """Make a Trainer, Lightning's and ours in turn: two epochs of 11 iterations, nothing written or shown."""
 
     def make(**settings: Any) -> pl.Trainer:
-        no = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         defaults = {"accelerator": "cpu", "max_epochs": 2, "num_sanity_val_steps": 0, "default_root_dir": tmp_path}
-        trainer: pl.Trainer = request.param(**no | defaults | settings)
+        trainer: pl.Trainer = request.param(**SILENT | {"enable_checkpointing": False} | defaults | settings)
         return trainer
 
     return make
-
-
-@pytest.fixture
-def data(data: MNISTDataModule) -> MNISTDataModule:
-    """The small synthetic digits, read."""
-    data.prepare_data()
-    data.setup("fit")
-    return data
 
 
 def network(**settings: Any) -> MNISTClassifier:

@@ -1,7 +1,5 @@
 """The directories of runs: their lock, and how `best`, `last` and the newest unfinished run are found."""
 
-import errno
-import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +43,8 @@ def test_a_run_has_one_lock(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [errno.ENOTSUP, errno.ENOLCK])
-def test_where_a_file_system_has_no_locks_a_run_does_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
-) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(error, "no locks here")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+@pytest.mark.usefixtures("no_locks")
+def test_where_a_file_system_has_no_locks_a_run_does_without(tmp_path: Path) -> None:
     run, lock = make(tmp_path / "version_0", "last.ckpt", is_done=True), RunLock()
     lock.acquire(run)
     assert find_unfinished(tmp_path, SETTINGS) == run / "checkpoints/last.ckpt"
