@@ -289,7 +289,7 @@ def small(root: Path) -> list[str]:
 
 def poll(look: Callable[[], Found | None], what: str) -> Found:
     """What `look` finds, once it finds something."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (found := look()):
         assert time.monotonic() < deadline, f"there is no {what}"
         time.sleep(0.01)

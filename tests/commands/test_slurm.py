@@ -153,14 +153,10 @@ def submit(cluster: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         job.wait()
 
 
-def test_stopped_killed_and_many_jobs(submit: Submit, tmp_path: Path, root: Path, start: Start) -> None:
+def test_cancelled_killed_and_many_jobs(submit: Submit, tmp_path: Path, root: Path, start: Start) -> None:
     """At once, since each takes seconds to start."""
     settings = [*small(root)[1:], "--trainer.precision=64-true", "--model.hidden_dim=50", "--test_after_fit=false"]
     forever = [*settings, "--trainer.max_epochs=100000"]
-    # SLURM counts time limits in minutes, looks every half a minute, and may signal a minute early.
-    limited = submit(tmp_path / "limited", forever, "--time=1", "--signal=TERM@40", "--ntasks-per-node=1")
-    limited.wait_until_it_trains()
-
     cancelled, killed = submit(tmp_path / "cancelled", forever), submit(tmp_path / "killed", forever)
     many = submit(tmp_path / "many", [*settings, "--trainer.max_steps=1"], "--array=0-3", "--ntasks-per-node=1")
 
@@ -188,8 +184,14 @@ def test_stopped_killed_and_many_jobs(submit: Submit, tmp_path: Path, root: Path
     poll(lambda: many.output().count("Run: lightning_logs") == 4, "four runs")
     assert sorted(path.name for path in many.directory.glob("lightning_logs/*")) == [f"version_{i}" for i in range(4)]
 
-    assert limited.wait() == ("FAILED", "143"), limited.output()
-    assert "Stopped and saved at iteration" in limited.output()
+
+@pytest.mark.slow
+def test_a_time_limit(submit: Submit, tmp_path: Path, root: Path) -> None:
+    settings = [*small(root)[1:], "--test_after_fit=false", "--trainer.max_epochs=100000"]
+    # SLURM counts in minutes, and may signal a minute early: from 75 seconds after the start on.
+    job = submit(tmp_path / "limited", settings, "--time=3", "--signal=TERM@45", "--ntasks-per-node=1")
+    assert job.wait(300) == ("FAILED", "143"), job.output()
+    assert "Stopped and saved at iteration" in job.output()
 
 
 @pytest.mark.slow
