@@ -1,6 +1,7 @@
 """What ends a run or keeps it from beginning: losses that are not finite, another process, inexact resumption."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim import lr_scheduler
 
 from .console import JobError
 from .processes import all_gather_object
@@ -17,6 +19,9 @@ from .runs import CheckpointError, RunLock, run_directory
 
 # What PyTorch's fused optimizers write to, without a look at its size.
 KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
+
+# What the state of PyTorch's schedules holds beside settings and names with an underscore; rates are the optimizer's.
+SCHEDULE_CHANGES = {"base_lrs", "last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"}
 
 
 class NotFiniteError(JobError, FloatingPointError):
@@ -124,21 +129,27 @@ def why_done(trainer: pl.Trainer, epochs: int, iteration: int) -> str:
 
 
 def _check_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Refuse a schedule of the learning rate that is of another length than the checkpoint's.
+    """Refuse a schedule of the learning rate with other settings than the checkpoint's, such as another length.
 
     Raises:
-        MisconfigurationException: It is.
+        MisconfigurationException: One has.
     """
     if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         return  # it puts its own in the place of ours
-    states = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-    both = ([state.get("total_steps") for state in each] for each in (states, checkpoint.get("lr_schedulers", [])))
-    ours, theirs = (", ".join(f"{n} iterations" for n in total) or "none" for total in both)
-    if ours != theirs:
-        raise MisconfigurationException(
-            f"the schedule of the learning rate is for {ours}, that of the checkpoint for {theirs}; give the same "
-            "schedule, max_epochs and max_steps to resume it"
-        )
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for ours, theirs in zip_longest(schedulers, checkpoint.get("lr_schedulers", [])):
+        # Of another class than PyTorch's nobody knows which part of the state is a setting.
+        if ours and theirs and type(ours).__module__ != lr_scheduler.__name__:
+            continue
+        now, then = ours.state_dict() if ours else {}, theirs or {}
+        for name in sorted(
+            (now.keys() | then.keys()) - SCHEDULE_CHANGES, key=lambda name: (name != "total_steps", name)
+        ):
+            if not name.startswith("_") and now.get(name) != then.get(name):
+                raise MisconfigurationException(
+                    f"the schedule of the learning rate has {name} {now.get(name)}, that of the checkpoint "
+                    f"{then.get(name)}; give the same schedule, max_epochs and max_steps to resume it"
+                )
 
 
 def _check_optimizers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
