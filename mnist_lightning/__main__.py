@@ -10,21 +10,22 @@ def main(*classes: type) -> int:
     """Run the command line; return its exit code. It leaves the process as it was, and can be called again.
 
     Args:
-        *classes: Subclasses of `MNISTClassifier` and `MNISTDataModule` to train in place of these. They have the
-            commands of `LightningCLI`, `fit`, `validate`, `test` and `predict`; `data` is MNIST's.
+        *classes: A `LightningModule` and a `LightningDataModule`, or one of the two, to train in place of
+            `MNISTClassifier` and `MNISTDataModule`. They have the commands of `LightningCLI`, `fit`, `validate`,
+            `test` and `predict`; `data` is MNIST's.
     """
 
     def train() -> None:
         with without_garbage_collector():
+            import lightning.pytorch as pl
+
             from mnist_lightning.classifier import MNISTClassifier
             from mnist_lightning.datamodule import MNISTDataModule
             from mnist_lightning.digits.predictions import PredictionWriter
             from mnist_lightning.engine import cli
             from mnist_lightning.figures import Figures
-        chosen = [
-            next((each for each in classes if issubclass(each, kind)), kind)
-            for kind in (MNISTClassifier, MNISTDataModule)
-        ]
+        defaults = {pl.LightningModule: MNISTClassifier, pl.LightningDataModule: MNISTDataModule}
+        chosen = [next((each for each in classes if issubclass(each, kind)), ours) for kind, ours in defaults.items()]
         cli.train(*chosen, [PredictionWriter()], {"figures": Figures}, threads=0 if classes else 1)
 
     return run_command(train, commands_for(classes), "Train a two-layer network to classify handwritten digits.")

@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
@@ -192,24 +192,27 @@ def _add_checkpoint(parser: Parser) -> None:
 def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
     """A checkpoint's network, in float32 and without gradients; and what it was trained on, in words."""
     with without_garbage_collector():
-        from torch.nn import ModuleDict
+        import torch
+        from torch import nn
 
         from mnist_lightning.engine.checkpoint_file import load_checkpoint
         from mnist_lightning.model import MLP
-
-    # `MNISTClassifier.load_from_checkpoint` would do, but imports Lightning.
-    def classifier(hidden_dim: int, **_: Any) -> ModuleDict:
-        return ModuleDict({"mlp": MLP(hidden_dim)})
-
     try:
         path = find_checkpoint(ckpt_path, Path(runs))
-        checkpoint = load_checkpoint(path, classifier)
+        checkpoint = load_checkpoint(path)
     except CheckpointError as error:
         raise UsageError(f"ckpt_path: {error}") from error
-    network = classifier(**checkpoint["hyper_parameters"])
-    network.load_state_dict(checkpoint["state_dict"])
-    mlp = network["mlp"].eval().requires_grad_(False)
-    assert isinstance(mlp, MLP)
+    try:
+        # `MNISTClassifier.load_from_checkpoint` would do, but imports Lightning. On the device `meta` a network has no
+        # memory yet, however large a damaged file says that it is.
+        with torch.device("meta"):
+            mlp = MLP(checkpoint["hyper_parameters"]["hidden_dim"])
+        nn.ModuleDict({"mlp": mlp}).load_state_dict(checkpoint["state_dict"], assign=True)
+        if not all(weight.isfinite().all() for weight in mlp.parameters()):
+            raise ValueError("expected weights that are finite numbers, found some that are not")
+    except Exception as error:  # whatever values may lead to that are in the wrong place
+        raise UsageError(f"ckpt_path: {path} is not of this network: {error}") from error
+    mlp.float().eval().requires_grad_(False)
     dataset = checkpoint["datamodule_hyper_parameters"].get("dataset_name", "other data")
     trained_on = printable(f"{dataset}, {checkpoint['global_step']:,} iterations")
     say(printable(f"Weights: {path}, trained on {trained_on}"))

@@ -2,20 +2,19 @@
 
 import contextlib
 import errno
-import inspect
 import io
 import os
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .runs import CheckpointError
 
@@ -24,45 +23,28 @@ PARTS = ("state_dict", "global_step", "loops", "pytorch-lightning_version")
 RENAME_TIMEOUT = 5.0  # seconds
 
 
-def load_checkpoint(path: Path, network: Callable[..., nn.Module]) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint without running anything that it holds.
 
-    Args:
-        path: The file.
-        network: The class, or a function, that makes from the hyperparameters what it has to be a checkpoint of. To
-            compare weights, it is called on PyTorch's meta device.
-
     Returns:
-        What Lightning saved: tensors, on the CPU, and plain values only.
+        What Lightning saved: tensors, on the CPU, and plain values only. There is a dictionary of settings of the
+        module, `hyper_parameters`, and one of the data, `datamodule_hyper_parameters`.
 
     Raises:
-        CheckpointError: It holds something else, is damaged, or is not of this program or this network.
+        CheckpointError: It holds something else, is damaged, or is not Lightning's.
     """
     checkpoint = _load_plain(path)
     found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if not isinstance(checkpoint, dict) or any(part not in checkpoint for part in PARTS):
         raise CheckpointError(f"{path} is not of this program: expected {', '.join(PARTS)}, found {found}")
     try:
-        with torch.device("meta"):  # for the shapes, without the memory
-            settings = checkpoint["hyper_parameters"] = _known(network, checkpoint.get("hyper_parameters", {}))
-            module = network(**settings)
-        expected, saved = (
-            {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in state.items()}
-            for state in (module.state_dict(), checkpoint["state_dict"])
-        )
         if not all(isinstance(count, int) for count in progress(checkpoint)):
             raise TypeError("epochs and iterations must be whole numbers")
-        if not isinstance(checkpoint.setdefault("datamodule_hyper_parameters", {}), dict):
-            raise TypeError("the data's settings must be a dictionary")
-        # Not the buffers: one may be a mask of -inf.
-        weights = [checkpoint["state_dict"].get(name) for name, _ in module.named_parameters()]
-        finite = all(weight is None or weight.isfinite().all() for weight in weights)
+        for name in ("hyper_parameters", "datamodule_hyper_parameters"):
+            if not isinstance(checkpoint.setdefault(name, {}), dict):
+                raise TypeError(f"{name} must be a dictionary")
     except Exception as error:  # whatever plain values may lead to that are in the wrong place
         raise CheckpointError(f"{path} is not of this program: {type(error).__name__}: {error}") from error
-    if saved != expected:
-        raise CheckpointError(f"{path} is of another network: expected weights {_list(expected)}, found {_list(saved)}")
-    if not finite:
-        raise CheckpointError(f"{path} is refused: expected weights that are finite numbers, found some that are not")
     return checkpoint
 
 
@@ -182,14 +164,3 @@ def _load_plain(path: Path) -> Any:
         f"{path} is damaged or no checkpoint: expected what `fit` saves, found {path.stat().st_size:,} bytes that "
         f"cannot be read ({damaged})"
     )
-
-
-def _known(network: Callable[..., nn.Module], settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings that are its parameters: a base class may have saved some of its own."""
-    parameters = inspect.signature(network).parameters
-    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {name: value for name, value in settings.items() if takes_all or name in parameters}
-
-
-def _list(weights: dict[str, tuple[tuple[int, ...], bool]]) -> str:
-    return ", ".join(f"{name} {shape}" for name, (shape, _) in weights.items())

@@ -23,14 +23,9 @@ from .runs import CheckpointError, run_directory
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Lets the Trainer replace checkpoints in one step and load them safely, whatever its caller asks for.
+    """Lets the Trainer replace checkpoints in one step and load them safely, whatever its caller asks for."""
 
-    Args:
-        module_class: The class of the network whose checkpoints are loaded.
-    """
-
-    def __init__(self, module_class: type[pl.LightningModule]) -> None:
-        self.module_class = module_class
+    def __init__(self) -> None:
         self._directories: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -50,12 +45,12 @@ class CheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Load a checkpoint by `checkpoint_file.load_checkpoint`: tensors and plain values only, to the CPU."""
         if not torch.distributed.is_initialized():
-            return load_checkpoint(Path(path), self.module_class)
+            return load_checkpoint(Path(path))
         # The first process reads for all: the others may be on machines that do not have the file.
         found: list[Any] = [None]
         if rank() == 0:
             try:
-                found = [load_checkpoint(Path(path), self.module_class)]
+                found = [load_checkpoint(Path(path))]
             except CheckpointError as error:
                 found = [error]
         torch.distributed.broadcast_object_list(found)

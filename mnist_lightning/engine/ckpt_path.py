@@ -5,7 +5,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -40,29 +39,21 @@ def find(command: str, config: Any, runs: Path) -> Path | None:
         raise UsageError(f"ckpt_path: {error}") from error
 
 
-def take_settings(
-    path: Path,
-    command: str,
-    parser: LightningArgumentParser,
-    config: Any,
-    model: type[pl.LightningModule],
-    run: Path | None,
-) -> Any:
-    """Parse the command line again, over the settings of a checkpoint's run, network and data.
+def take_settings(path: Path, command: str, parser: LightningArgumentParser, config: Any, run: Path | None) -> Any:
+    """Parse the command line again, over the settings of a checkpoint's run, module and data.
 
     Args:
         path: The checkpoint.
         command: One of LightningCLI's.
         parser: LightningCLI's.
         config: What it parsed before.
-        model: The class of the network.
         run: Directory of the run that is resumed, if `fit` resumes one in its own directory.
 
     Raises:
-        UsageError: The checkpoint is not of this network, or a setting contradicts it.
+        UsageError: The checkpoint is not of this program, or a setting contradicts it.
     """
     try:
-        checkpoint = load_checkpoint(path, model)
+        checkpoint = load_checkpoint(path)
         if command == "fit" and "optimizer_states" not in checkpoint:
             raise CheckpointError(f"{path} holds only weights, from which no run can be resumed")
     except CheckpointError as error:

@@ -57,7 +57,7 @@ class CLI(LightningCLI):
         configurable: Mapping[str, type[pl.Callback]] = MappingProxyType({}),
         threads: int = 0,
     ) -> None:
-        self.network, self.configurable, self.threads = model_class, configurable, threads
+        self.configurable, self.threads = configurable, threads
         self.lock = RunLock()
         super().__init__(
             model_class,
@@ -108,9 +108,7 @@ class CLI(LightningCLI):
             run = self.checkpoint.resolve().parent.parent
             if command == "fit" and run.parent == self.runs.resolve():
                 self.resumed_run = run  # it goes on in its own directory
-            self.config = ckpt_path.take_settings(
-                self.checkpoint, command, parser, self.config, self.network, self.resumed_run
-            )
+            self.config = ckpt_path.take_settings(self.checkpoint, command, parser, self.config, self.resumed_run)
         check_values(self.config[command])
         # LightningCLI would load the checkpoint once more, to take over the settings.
         self.config[command].ckpt_path = None
@@ -154,7 +152,7 @@ class CLI(LightningCLI):
             callbacks += [RichProgressBar(2)] * kwargs["enable_progress_bar"]
         if self.subcommand != "fit" and not any(isinstance(each, ModelCheckpoint) for each in given):
             kwargs["enable_checkpointing"] = False
-        plugins = [*plugins, *processes.slurm_without_requeue(plugins), CheckpointIO(type(self.model))]
+        plugins = [*plugins, *processes.slurm_without_requeue(plugins), CheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
         processes.check_launcher(trainer)
         return trainer

@@ -61,7 +61,7 @@ def in_one_line() -> Iterator[None]:
             frames = traceback.extract_tb(error.__traceback__)
             if any(re.match(r"_?restore_|load_state_dict", frame.name) for frame in frames):
                 cause = f"{type(error).__name__}: {error}"
-                raise JobError(f"ckpt_path: the checkpoint is not of this program: {cause}") from error
+                raise JobError(f"ckpt_path: the checkpoint cannot be loaded: {cause}") from error
             if isinstance(error, ValueError | TypeError | ImportError):  # one of Lightning's checks
                 raise UsageError(telling_line(str(error))) from error
         if "address already in use" in str(error).lower():

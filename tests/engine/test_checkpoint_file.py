@@ -14,14 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from unittest.mock import Mock
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import RunCLI
-from engine.test_loop import Foreign, fit, loader
+import torch.nn.functional as F
+from conftest import RunCLI, load
 from lightning.pytorch import Trainer
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.engine import checkpoint_file
@@ -43,7 +44,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    return load_checkpoint(path, MNISTClassifier)
+    return load_checkpoint(path)
 
 
 # Read
@@ -70,7 +71,7 @@ def test_nothing_in_a_checkpoint_runs(
             assert name == "bare.ckpt" or "refused: expected tensors and plain values only, found posix.system" in err
             assert err.count("\n") == 1
         with pytest.raises(CheckpointError, match=name):
-            CheckpointIO(MNISTClassifier).load_checkpoint(name, weights_only=False)
+            CheckpointIO().load_checkpoint(name, weights_only=False)
     assert {path.name for path in tmp_path.iterdir()} == {"zipped.ckpt", "bare.ckpt"}
     torch.load("zipped.ckpt", weights_only=False)
     assert Path("made").exists(), "the file would not have been made anyhow"
@@ -91,18 +92,10 @@ def change_weights(checkpoint: Checkpoint, change: Callable[[Tensor], Tensor]) -
         (lambda c: without(c, "loops"), "not of this program: expected .*loops.*, found"),
         (lambda c: without(c, "pytorch-lightning_version"), "not of this program: expected .*lightning_version"),
         (lambda c: [1, 2], "not of this program: expected .*, found list"),
-        (lambda c: {**c, "hyper_parameters": {"hidden_dim": "wide"}}, "not of this program: TypeError"),
-        (
-            lambda c: {**c, "hyper_parameters": {"hidden_dim": 9}},
-            r"of another network: expected .*hidden.weight \(9, 784\).*, found .*hidden.weight \(7, 784\)",
-        ),
-        (lambda c: {**c, "state_dict": {"net.0.weight": torch.ones(2)}}, "of another network: .*net.0.weight"),
-        (lambda c: {**c, "state_dict": [1]}, "not of this program"),
         (lambda c: {**c, "loops": {}}, "not of this program: KeyError: 'fit_loop'"),
         (lambda c: {**c, "global_step": "many"}, "not of this program: .*whole numbers"),
         (lambda c: {**c, "datamodule_hyper_parameters": 7}, "not of this program: .*must be a dictionary"),
-        (lambda c: change_weights(c, lambda w: w * math.nan), "refused: expected weights that are finite numbers"),
-        (lambda c: change_weights(c, lambda w: w.int()), "of another network"),
+        (lambda c: {**c, "hyper_parameters": 7}, "not of this program: .*hyper_parameters must be a dictionary"),
     ],
 )
 def test_what_something_else_has_saved_is_named(
@@ -113,24 +106,81 @@ def test_what_something_else_has_saved_is_named(
         read(tmp_path / "other.ckpt")
 
 
-class Masked(Foreign):
-    """Without hyperparameters, and with a buffer that is not finite."""
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {**c, "hyper_parameters": {"hidden_dim": "wide"}}, "str"),
+        (lambda c: {**c, "hyper_parameters": {"hidden_dim": 10**12}}, "size mismatch for mlp.hidden.weight"),
+        (lambda c: {**c, "hyper_parameters": {"hidden_dim": 9}}, "size mismatch for mlp.hidden.weight"),
+        (lambda c: {**c, "state_dict": {"net.0.weight": torch.ones(2)}}, "net.0.weight"),
+        (lambda c: {**c, "state_dict": [1]}, "list"),
+        (lambda c: change_weights(c, lambda w: w * math.nan), "expected weights that are finite numbers"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_named(
+    good: Path,
+    run_cli: RunCLI,
+    change: Callable[[Checkpoint], Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.save(change(read(good)), "other.ckpt")
+    assert run_cli("demo", "--ckpt_path=other.ckpt", data=False) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("mnist_lightning: ckpt_path: other.ckpt is not of this network: ")
+    assert message in err
+    assert err.count("\n") == 1
+    if "state_dict" in message or "net.0" in message:
+        assert run_cli("test", "--ckpt_path=other.ckpt") == 1
+        err = capsys.readouterr().err
+        assert err.startswith("mnist_lightning: ckpt_path: the checkpoint cannot be loaded: ")
+        assert message in err
+        assert err.count("\n") == 1
 
-    def __init__(self) -> None:
+
+class NoHyperparameters(pl.LightningModule):
+    """As other projects write their modules: layers made late, and a part of the state that is no tensor."""
+
+    def __init__(self, width: int = 8, scale: float = 1.0) -> None:
         super().__init__()
+        self.width, self.strict_loading = width, False
         self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
 
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = nn.Linear(784, 10)
 
-def test_a_buffer_may_be_infinite_but_no_weight(tmp_path: Path) -> None:
-    fit(Trainer, tmp_path / "run", Masked, loader, list, {"max_epochs": 1})
-    path = tmp_path / "run/end.ckpt"
-    checkpoint = load_checkpoint(path, Masked)
-    assert checkpoint["hyper_parameters"] == {}
-    assert checkpoint["state_dict"]["mask"].isinf().any()
-    checkpoint["state_dict"]["net.0.bias"][1] = math.inf
-    torch.save(checkpoint, path)
-    with pytest.raises(CheckpointError, match="expected weights that are finite numbers"):
-        load_checkpoint(path, Masked)
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/acc", (self(batch[0]).argmax(1) == batch[1]).float().mean(), on_epoch=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_any_module_is_tested_and_resumed(run_cli: RunCLI) -> None:
+    """Nothing is asked of its hyperparameters: Lightning loads the state into the module that is there."""
+    classes = (NoHyperparameters,)
+    assert run_cli("fit", "--trainer.max_epochs=2", classes=classes) == 0
+    assert run_cli("fit", "--trainer.max_steps=13", classes=classes) == 0
+    assert run_cli("fit", "--ckpt_path=last", "--trainer.max_steps=-1", "--trainer.max_epochs=2", classes=classes) == 0
+    whole, resumed = (load(Path(f"lightning_logs/version_{number}"))["state_dict"] for number in range(2))
+    assert torch.equal(whole["net.weight"], resumed["net.weight"])
+    assert run_cli("test", "--ckpt_path=best", classes=classes) == 0
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 0.5, 0.99])

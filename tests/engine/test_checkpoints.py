@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_only_checkpoints_beside_the_saved_ones_are_removed_and_never_what_a_link_leads_to(tmp_path: Path) -> None:
-    plugin = CheckpointIO(MNISTClassifier)
+    plugin = CheckpointIO()
     plugin.save_checkpoint({}, tmp_path / "run/one.ckpt")
     kept = {"run/keep.txt", "victim/thesis.ckpt", "run/folder.ckpt/thesis.txt"}
     for name in kept:
@@ -223,7 +223,7 @@ def test_only_checkpoints_beside_the_saved_ones_are_removed_and_never_what_a_lin
 def test_last_as_a_link_loses_no_kept_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelCheckpoint, "CHECKPOINT_NAME_LAST", "{epoch}-last")
     callback = ModelCheckpoint(tmp_path, "{epoch}", save_last="link", save_top_k=-1)
-    settings: Settings = {"enable_checkpointing": True, "plugins": [CheckpointIO(Foreign)], "max_epochs": 3}
+    settings: Settings = {"enable_checkpointing": True, "plugins": [CheckpointIO()], "max_epochs": 3}
     fit(Trainer, tmp_path / "run", Foreign, loader, lambda: [callback], settings)
     kept = {path.name: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("*.ckpt")}
     assert kept == {"epoch=0.ckpt": 11, "epoch=1.ckpt": 22, "epoch=2.ckpt": 33, "epoch=2-last.ckpt": 33}

@@ -229,9 +229,8 @@ def assert_exact_from_each(path: Path, module: Any, data: Make, settings: Settin
     assert wrong == []
 
 
-def safe(module: Any) -> Settings:
-    """All that the engine has to resume safely."""
-    return {"more": lambda: [Checks(RunLock())], "plugins": [CheckpointIO(module)]}
+SAFE: Settings = {"more": lambda: [Checks(RunLock())], "plugins": [CheckpointIO()]}
+"""All that the engine has to resume safely."""
 
 
 # Module, data, settings, and others that a resumed run has. Each trains two epochs where it does not say otherwise.
@@ -248,7 +247,7 @@ CASES: dict[str, tuple[Any, Make, Settings, Settings]] = {
     "validates within": (Foreign, loader, {"val_check_interval": 4, "more": lambda: [validated()]}, {}),
     "no validation": (Foreign, loader, {"limit_val_batches": 0, "more": lambda: [every(PER_EPOCH)]}, {}),
     "accumulates": (Foreign, loader, {"accumulate_grad_batches": 2, "log_every_n_steps": 3}, {}),
-    **{module.__name__: (module, loader, safe(module), {}) for module in (ChannelsLast, Schedules)},
+    **{module.__name__: (module, loader, SAFE, {}) for module in (ChannelsLast, Schedules)},
 }
 SLOW: dict[str, tuple[Any, Make, Settings, Settings]] = {
     "workers": (Foreign, lambda: noisy(num_workers=2), {}, {}),
@@ -260,7 +259,7 @@ SLOW: dict[str, tuple[Any, Make, Settings, Settings]] = {
     "max_steps": (Foreign, loader, {"max_steps": 18, "max_epochs": -1}, {"log_every_n_steps": 2}),
     "draws": (Foreign, loader, {"more": lambda: [Draws()]}, {}),
     "by the clock": (Foreign, loader, {"more": lambda: [by_the_clock()]}, {"more": list}),
-    **{module.__name__: (module, loader, safe(module), {}) for module in (BiasesFirst, OwnOptimizer, SchedulesBySteps)},
+    **{module.__name__: (module, loader, SAFE, {}) for module in (BiasesFirst, OwnOptimizer, SchedulesBySteps)},
 }
 
 
