@@ -179,20 +179,20 @@ class BestAndLast(Checkpoint):
         trainer.save_checkpoint(self.path(trainer, name), weights_only=False)  # all of it, not the weights alone
 
     def _take_signals(self, trainer: pl.Trainer) -> None:
-        def note(signum: int, frame: FrameType | None) -> None:
+        def handle(signum: int, frame: FrameType | None) -> None:
             self._signum = signum
             trainer.run_hooks = True  # type: ignore[attr-defined]
             self._give_signals_back()
             if rank() == 0:
                 # Not `print`, which a handler must not call while another one is running.
                 with contextlib.suppress(OSError):
-                    os.write(2, b"Finishing the running iteration; a second signal stops at once.\n")
+                    os.write(2, b"Finishing the running iteration; a second Ctrl-C stops at once.\n")
 
         signals = [signal.SIGINT, signal.SIGTERM]
         # SLURM's and a terminal's, where nobody else has taken them; nohup has SIGHUP ignored.
         others = [getattr(signal, name, None) for name in ("SIGUSR1", "SIGHUP")]
         signals += [each for each in others if each and signal.getsignal(each) == signal.SIG_DFL]
-        self._handlers = {each: signal.signal(each, note) for each in signals}
+        self._handlers = {each: signal.signal(each, handle) for each in signals}
 
     def _give_signals_back(self) -> None:
         for signum, handler in self._handlers.items():

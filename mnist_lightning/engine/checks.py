@@ -1,4 +1,4 @@
-"""What ends a run or keeps it from beginning: losses that are not finite, another process, inexact resumption."""
+"""Checks of a run: that losses are finite, that no other process trains it, and that it can be resumed exactly."""
 
 from collections.abc import Mapping
 from itertools import zip_longest

@@ -214,5 +214,5 @@ def train(*classes: Any, **settings: Any) -> None:
         UsageError: The command or the config is wrong.
         JobError: The job failed.
     """
-    with in_one_line(), without_noise(), processes.settings():
+    with in_one_line(), without_noise(), processes.process_settings():
         CLI(*classes, **settings)

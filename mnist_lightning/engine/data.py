@@ -53,8 +53,8 @@ class DeviceLoader:
             example. An empty part is handed out empty, but while shuffling as one example of weight 0.
 
     Attributes:
-        part_weight: What the part handed out last counts in the mean over the processes: its length divided by the mean
-            length of all parts.
+        loss_weight: The weight of this process's loss in the mean over the processes: the length of its part of the
+            last minibatch divided by the mean length of all parts.
 
     Raises:
         ValueError: An augmentation without `shuffle_seed`.
@@ -81,7 +81,7 @@ class DeviceLoader:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.part_weight = 1.0
+        self.loss_weight = 1.0
         self._done = 0  # minibatches of the epoch
         self._resume_at = {"epoch": 0, "done": 0}
         if shuffle_seed is not None:
@@ -139,7 +139,7 @@ class DeviceLoader:
         if self.world_size == 1:
             return minibatch
         part = minibatch.tensor_split(self.world_size)[self.rank]
-        self.part_weight = len(part) * self.world_size / len(minibatch)
+        self.loss_weight = len(part) * self.world_size / len(minibatch)
         # An empty part's mean loss would be NaN, and so would NaN times 0: it gets one example of weight 0.
         return part if len(part) or self.shuffle_seed is None else minibatch[:1]
 

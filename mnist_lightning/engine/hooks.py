@@ -1,4 +1,4 @@
-"""Iterations without hooks: who needs the hooks of each, and the optimizer step of one that nobody needs them for."""
+"""Which iterations need hooks, and the optimizer step of those that do not."""
 
 import contextlib
 import inspect
@@ -31,8 +31,7 @@ MODULE_HOOKS = (*BATCH_HOOKS, "optimizer_step", "optimizer_zero_grad", "lr_sched
 STEP_HOOKS = ("backward", "configure_gradient_clipping")
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
-# Callbacks of Lightning's whose batch hooks act only where it logs, every so many iterations or, progress bars, now and
-# then.
+# Lightning's callbacks whose batch hooks do something only in iterations that are logged or, for progress bars, drawn.
 KNOWN = (
     callbacks.DeviceStatsMonitor,
     callbacks.LearningRateMonitor,
@@ -43,7 +42,7 @@ KNOWN = (
 
 
 def is_overridden(name: str, instance: object, base: type) -> bool:
-    """Whether a method is another one than the base's: in a class between them, or set on the instance."""
+    """Whether a subclass or the instance has another method of this name than the base class."""
     return name in vars(instance) or getattr(type(instance), name, None) is not getattr(base, name)
 
 
@@ -125,14 +124,14 @@ class StepWithoutHooks:
         return self.module is trainer.lightning_module and [self.optimizer] == trainer.optimizers
 
     def prepare(self) -> None:
-        """Look anew, after hooks ran: a callback may have changed the module."""
+        """Look at the module again: a callback's hook may have changed it."""
         self.is_plain = is_plain(self.trainer)
-        # A frozen weight is not the author's step any more.
+        # `fused_step` knows nothing of frozen weights.
         self.is_fused = self.fused and all(weight.requires_grad for weight in self.module.parameters())
         self.takes_index = is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
 
     def to_device(self, batch: Any) -> Any:
-        """Move a batch, as Lightning does with all hooks for it; a pair of tensors may be there already."""
+        """Move a batch to the device, with the hooks for that; tensors that are there are returned as they are."""
         trainer, device = self.trainer, self.trainer.strategy.root_device
         is_there = type(batch) in (tuple, list) and all(type(x) is Tensor and x.device == device for x in batch)
         if self.is_plain and is_there:
@@ -175,7 +174,7 @@ class StepWithoutHooks:
             trainer.strategy.optimizer_step(optimizer, closure, module)
 
     def _try_fused(self, batch: Any, batch_idx: int) -> None:
-        """Take the module's own step, note what it left, take it back, and take Lightning's; keep it if both agree."""
+        """Take `fused_step`, undo it, take Lightning's step, and drop `fused_step` where the two differ."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         tensors += [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         before, random = [tensor.detach().clone() for tensor in tensors], torch.get_rng_state()
@@ -194,7 +193,7 @@ class StepWithoutHooks:
 
 @contextlib.contextmanager
 def without_search_for_gpus() -> Iterator[None]:
-    """Let PyTorch remember that there is no GPU.
+    """Have PyTorch look for a GPU only once.
 
     With the "1" that Lightning sets, every `optimizer.step()` on a machine without a GPU searches for NVIDIA's library
     again: 0.1 to 0.25 ms a step, a fifth of a small network's whole step.

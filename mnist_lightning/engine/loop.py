@@ -18,17 +18,18 @@ from .hooks import StepWithoutHooks
 from .processes import DDP
 from .resumption import CheckpointConnector, FitLoop
 
-# Iterations without hooks in a row at most; and seconds, where there is a progress bar.
-AT_MOST, DRAW_AFTER = 1000, 0.1
+MAX_WITHOUT_HOOKS = 1000  # iterations in a row
+REFRESH_AFTER = 0.1  # seconds, where there is a progress bar
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, sooner and resumed exactly: the same weights, metrics and curves, to the bit on a CPU.
+    """Lightning's Trainer, faster and resumed exactly: the same weights, metrics and curves, bit for bit on a CPU.
 
-    Iterations whose hooks nobody needs run without them. A callback says how often it needs its batch hooks by an
+    Iterations run without hooks where nobody needs them. A callback says how often it needs its batch hooks by an
     attribute `hooks_every_n_steps`: a number of optimizer steps, or 0 where it acts only when Lightning logs, validates
-    or ends an epoch. Where it does not say, they run in each iteration. Its `on_step_logged(trainer)`, if any, is
-    called after an iteration with hooks is logged, where neither a validation nor the end of the epoch follows.
+    or ends an epoch. A callback without that attribute has its batch hooks called in each iteration. Its
+    `on_step_logged(trainer)`, if it has one, is called after an iteration with hooks is logged, where neither a
+    validation nor the end of the epoch follows.
 
     Args:
         *args, **kwargs: Lightning's own arguments.
@@ -113,7 +114,7 @@ class EpochLoop(_TrainingEpochLoop):
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Lightning's state; a validation that only the end of training caused is not repeated by a resumed run."""
         state: dict[str, Any] = super().on_save_checkpoint()
-        # So its iteration is counted already, which Lightning does after the validation.
+        # To a resumed run the iteration is complete; Lightning counts it only after the validation.
         state["_batches_that_stepped"] += self._validates_to_stop
         return state
 
@@ -133,7 +134,7 @@ class EpochLoop(_TrainingEpochLoop):
                     break
                 self.batch_progress.increment_completed()
                 self._batches_that_stepped += 1
-                is_late = rates and time.monotonic() - started > DRAW_AFTER
+                is_late = rates and time.monotonic() - started > REFRESH_AFTER
                 if trainer.run_hooks or (is_late and any((self.batch_idx + 2) % rate == 0 for rate in rates)):
                     return False
             else:
@@ -167,7 +168,7 @@ class EpochLoop(_TrainingEpochLoop):
             self._warning_cache.info(f"Hooks run in every iteration: {why}")
         if why or self.automatic_optimization._skip_backward:
             return 0
-        due = [AT_MOST, trainer.num_training_batches - done]
+        due = [MAX_WITHOUT_HOOKS, trainer.num_training_batches - done]
         due += [every - step % every for every in map(hooks.hooks_every_n_steps, trainer.callbacks) if every]
         if self.max_steps >= 0:
             due.append(self.max_steps - step)

@@ -1,4 +1,4 @@
-"""The processes of a run: what Lightning's DDP leaves to a project, and the settings of each process."""
+"""The processes of a run: DDP that counts each example once, checks of how they were started, their settings."""
 
 import contextlib
 import os
@@ -40,14 +40,14 @@ class DDP(DDPStrategy):
     """Lightning's DDP, where processes with unequal parts of a minibatch count each example once.
 
     Lightning takes the mean of the processes' gradients. Here the loss of each process is first multiplied by its
-    loader's `part_weight`.
+    loader's `loss_weight`.
     """
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning's backward pass, with the loss multiplied by the weight of this process's part."""
         assert self.lightning_module
         loader = self.lightning_module.trainer.train_dataloader
-        weight = loader.part_weight if isinstance(loader, DeviceLoader) else 1
+        weight = loader.loss_weight if isinstance(loader, DeviceLoader) else 1
         return super().backward(closure_loss if weight == 1 else closure_loss * weight, *args, **kwargs)
 
 
@@ -138,8 +138,8 @@ def is_lost(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def settings() -> Iterator[None]:
-    """Flush denormal numbers to zero; at the end, put this setting and the number of threads back, and part."""
+def process_settings() -> Iterator[None]:
+    """Flush denormal numbers to zero. At the end, restore that and the number of threads, and end the process group."""
     threads, flushes = torch.get_num_threads(), not torch.tensor(1e-310, dtype=torch.double).mul(1).item()
     # Adam's moments of rarely lit pixels decay into denormal numbers, which a CPU computes many times slower, so that
     # epochs would get slower and slower.

@@ -126,7 +126,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start)
     time.sleep(1)
     started = time.monotonic()
     os.kill(process.pid or 0, signal.SIGINT)
-    while "a second signal stops at once" not in (tmp_path / "output.txt").read_text():  # two signals at once are one
+    while "a second Ctrl-C stops at once" not in (tmp_path / "output.txt").read_text():  # two signals at once are one
         time.sleep(0.05)
     assert process.is_alive()
     os.kill(process.pid or 0, signal.SIGINT)

@@ -93,7 +93,7 @@ def test_weights_make_the_mean_over_processes_that_over_the_minibatch(world_size
     parts = [loader(shuffle_seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
     for (_, whole), *shares in zip(loader(shuffle_seed=1), *parts, strict=True):
         assert all(len(targets) > 0 for _, targets in shares)
-        means = [part.part_weight * targets.double().mean() for part, (_, targets) in zip(parts, shares, strict=True)]
+        means = [part.loss_weight * targets.double().mean() for part, (_, targets) in zip(parts, shares, strict=True)]
         torch.testing.assert_close(sum(means) / world_size, whole.double().mean())
 
 
@@ -101,7 +101,7 @@ def test_an_empty_part_is_empty_where_nothing_is_learned() -> None:
     assert [len(targets) for targets in epoch(loader(rank=59, world_size=60))] == [1] * 10 + [0]
     learning = loader(shuffle_seed=1, rank=59, world_size=60)
     assert [len(targets) for targets in epoch(learning)] == [1] * 11
-    assert learning.part_weight == 0
+    assert learning.loss_weight == 0
 
 
 class Jitter:

@@ -206,7 +206,7 @@ FEW: dict[str, tuple[Make, Settings]] = {
 
 @pytest.mark.parametrize("case", FEW)
 def test_few(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "DRAW_AFTER", 60)  # on a busy machine these iterations take more than 0.1 s
+    monkeypatch.setattr(loop, "REFRESH_AFTER", 60)  # on a busy machine these iterations take more than 0.1 s
     more, settings = FEW[case]
     checkpoints = {"enable_checkpointing": "Checkpoint" in case, "enable_progress_bar": case in ("TQDM", "Rich")}
     run = compare(tmp_path, Schedules, loader, more, **checkpoints, **settings)
