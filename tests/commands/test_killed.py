@@ -14,6 +14,9 @@ import pytest
 from conftest import RunCLI, Start, assert_the_same, events, load, newest_run, slow, small, wait_for
 from engine.test_checkpoints import at_iteration, stop
 
+from mnist_lightning import MNISTClassifier
+from mnist_lightning.engine.data import DeviceLoader
+
 WHOLE, OTHER = Path("lightning_logs/version_0"), Path("lightning_logs/version_1")
 
 WITHIN = ["--trainer.limit_train_batches=8", "--trainer.val_check_interval=4"]
@@ -135,6 +138,16 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start)
     assert process.exitcode == 130
     assert (tmp_path / "output.txt").read_text().splitlines()[-1] == "mnist_lightning: interrupted"
     assert load(tmp_path / WHOLE)["global_step"] == 0
+
+
+def test_a_signal_within_a_test_ends_it(
+    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
+    monkeypatch.setattr(MNISTClassifier, "on_test_batch_start", stop)
+    monkeypatch.setattr(DeviceLoader, "__len__", lambda _: 2)  # not the last batch
+    assert run_cli("test", "--ckpt_path=last") == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.splitlines()[-1] == "Stopped by SIGTERM"
 
 
 def test_two_processes_do_not_resume_one_run(tmp_path: Path, root: Path, start: Start) -> None:

@@ -24,7 +24,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor, nn
 
-from mnist_lightning.classifier import MNISTClassifier
+from mnist_lightning import MNISTClassifier, MNISTDataModule
 from mnist_lightning.engine import checkpoint_file
 from mnist_lightning.engine.checkpoint_file import load_checkpoint, plain_values, save_checkpoint
 from mnist_lightning.engine.checkpoints import CheckpointIO
@@ -304,6 +304,12 @@ class Settings(MNISTClassifier):
         self.save_hyperparameters()
 
 
+class DataSettings(MNISTDataModule):
+    def __init__(self, order: Width = Width.NARROW, source: Path = Path("here"), **settings: Any) -> None:
+        super().__init__(**settings)
+        self.save_hyperparameters()
+
+
 class OwnNetwork(MNISTClassifier):
     """Whose base saves settings that it has not itself."""
 
@@ -318,12 +324,13 @@ class WithFunction(MNISTClassifier):
 
 
 def test_settings_that_are_no_plain_values_are_kept_as_such(run_cli: RunCLI, tmp_path: Path) -> None:
-    classes = (Settings,)
-    given = ["--model.width=WIDE", "--model.place=there", "--trainer.max_epochs=1"]
+    classes = (Settings, DataSettings)
+    given = ["--model.width=WIDE", "--model.place=there", "--data.order=WIDE", "--trainer.max_epochs=1"]
     assert run_cli("fit", *given, classes=classes) == 0
     run = tmp_path / "lightning_logs/version_0"
-    kept = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]
-    assert (kept["width"], kept["place"], kept["scale"]) == ("wide", "there", 0.5)
+    checkpoint = load(run)
+    kept, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
+    assert (kept["width"], kept["place"], kept["scale"], data["order"]) == ("wide", "there", 0.5, "wide")
     for command in ("validate", "test", "predict"):
         assert run_cli(command, "--ckpt_path=last", classes=classes) == 0, command
     assert run_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2", classes=classes) == 0
@@ -357,13 +364,14 @@ def test_weights_alone_can_be_tested_and_shown_but_not_resumed(
     assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=8", *callback) == 0
     Image.new("L", (28, 28)).save(tmp_path / "digit.png")
     for command in (
+        ["validate"],
         ["test"],
         ["predict"],
         ["read", "digit.png"],
         ["demo", "--no-open"],
         ["export", "--format=safetensors"],
     ):
-        data = command[0] in ("test", "predict", "export")
+        data = command[0] in ("validate", "test", "predict", "export")
         assert run_cli(*command, "--ckpt_path=weights.ckpt", data=data) == 0, command
     capsys.readouterr()
     assert run_cli("fit", "--ckpt_path=weights.ckpt", "--trainer.max_epochs=2") == 2

@@ -41,7 +41,7 @@ def at_iteration(iteration: int, act: Act, kind: Any = MNISTClassifier) -> Itera
         yield
 
 
-def stop(_: Any) -> None:
+def stop(*_: Any) -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
