@@ -50,6 +50,13 @@ class DDP(DDPStrategy):
         weight = loader.loss_weight if isinstance(loader, DeviceLoader) else 1
         return super().backward(closure_loss if weight == 1 else closure_loss * weight, *args, **kwargs)
 
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Lightning's, without a barrier before: an all-reduce waits for the other processes by itself."""
+        if not isinstance(tensor, Tensor) or reduce_op != "mean" or not tensor.is_floating_point():
+            return super().reduce(tensor, group, reduce_op)
+        torch.distributed.all_reduce(tensor, group=group)
+        return tensor.div_(self.world_size)
+
 
 def all_reduce_max(trainer: pl.Trainer, number: int) -> int:
     """The largest of the processes' numbers; each process has to call it."""
