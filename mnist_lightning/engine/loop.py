@@ -120,9 +120,10 @@ class EpochLoop(_TrainingEpochLoop):
 
     def _run_without_hooks(self, fetcher: _DataFetcher) -> bool:
         """Run iterations up to the next one that needs hooks; return True if one of them asked to stop."""
-        trainer, started, count = self.trainer, time.monotonic(), self._until_hooks(fetcher)
+        trainer, count = self.trainer, self._until_hooks(fetcher)
         if count == 0:
             return False
+        started = time.monotonic()
         if not (self._step and self._step.is_for(trainer)):
             self._step = StepWithoutHooks(trainer)
         self._step.prepare()

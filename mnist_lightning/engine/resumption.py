@@ -113,12 +113,13 @@ class FitLoop(_FitLoop):
             if self.trainer.current_epoch > 0 and not self.epoch_loop.restarting:
                 self.before_epoch = self._states()  # Lightning makes the iterator next
             return
-        # Lightning's issue 20550: it drops them where `estimated_stepping_batches` asked for the loader before.
-        self._load_combined_loader_states()
         batches = self._data_fetcher
         assert batches
         is_stateful = any(hasattr(loader, "load_state_dict") for loader in batches.combined_loader.flattened)
         loaded, self._loaded = self._loaded or {}, None
+        if self.restarting or loaded.get("before_epoch"):  # not between two epochs
+            batches.combined_loader._load_state_dicts(self._combined_loader_states_to_load)
+            self._combined_loader_states_to_load = []
         now = self._states()
         made_from = loaded.get("before_epoch") or now
         if is_stateful or (loaded and made_from != self.before_epoch):
@@ -133,6 +134,12 @@ class FitLoop(_FitLoop):
         elif loaded:
             self._restore_states(now if loaded["before_epoch"] else self._after_iter)
         batches.fetched = 0  # Lightning adds those that were used
+
+    def _load_combined_loader_states(self) -> None:
+        """Leave it to `restore_loader`: here Lightning loads them before its own iterator, which is not the one used.
+
+        Lightning's issue 20550: it also drops them where `estimated_stepping_batches` asked for the loader before.
+        """
 
     def _skip(self, batches: _DataFetcher, count: int) -> None:
         """Take so many batches once more, but those of loaders that go on by a state of their own."""

@@ -1,7 +1,7 @@
 """A run that is resumed from any of its checkpoints ends as one that was never interrupted, to the bit."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from mnist_lightning import Trainer
 from mnist_lightning.engine.checkpoints import CheckpointIO
@@ -122,29 +123,6 @@ class Shuffled(Endless):
         return (self.data[i] for i in order)
 
     data: Any = loader().dataset
-
-
-class Stateful(DataLoader[Any]):
-    """It goes on by a state of its own, as torchdata's `StatefulDataLoader` does."""
-
-    order: Sequence[int] = ()
-    done = 0
-    is_loaded = False
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if not self.is_loaded:
-            self.order, self.done = torch.randperm(len(self.dataset)).tolist(), 0  # type: ignore[arg-type]
-        self.is_loaded = False
-        while self.done < len(self):
-            indices = self.order[self.done * 8 : (self.done + 1) * 8]
-            self.done += 1
-            yield self.collate_fn([self.dataset[i] for i in indices])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"order": self.order, "done": self.done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order, self.done, self.is_loaded = state["order"], state["done"], bool(state["order"])
 
 
 def noisy(**settings: Any) -> DataLoader[Any]:
@@ -241,7 +219,7 @@ CASES: dict[str, tuple[Any, Make, Settings, Settings]] = {
     "draws in steps": (DrawsInSteps, noisy, {}, {}),
     "own generator": (Foreign, lambda: noisy(generator=torch.Generator().manual_seed(3)), {}, {}),
     "sampler": (Foreign, weighted, {}, {}),
-    "stateful": (Foreign, lambda: Stateful(Noisy(), 8), {}, {}),
+    "stateful": (Foreign, lambda: StatefulDataLoader(Noisy(), 8, shuffle=True), {}, {}),
     "iterable": (Foreign, lambda: DataLoader(Shuffled(), 8), {}, {}),
     "manual": (Manual, loader, {}, {}),
     "validates within": (Foreign, loader, {"val_check_interval": 4, "more": lambda: [validated()]}, {}),
