@@ -42,9 +42,9 @@ def draw(path: str, inputs: Mapping[Path, Array | None], probabilities: Tensor, 
     pixels = stack([digit for _, digit in drawn])
     best = probabilities[: len(drawn)].topk(2).indices
     class_weights = torch.eye(CLASSES)[best[:, 0]] - torch.eye(CLASSES)[best[:, 1]]
-    values, constants, _ = attributions(mlp, pixels, class_weights)
+    values, constants = attributions(mlp, pixels, class_weights)
     greys = (255 * (1 - pixels)).byte().view(-1, SIDE, SIDE).numpy()
-    colored = (255 * color_by_attribution(pixels, values)).byte().view(-1, SIDE, SIDE, 4).numpy()
+    colored = (255 * color_by_attribution(pixels, values)).byte().view(-1, SIDE, SIDE, 3).numpy()
     for index, (file, digit) in enumerate(drawn):
         left, top = index % columns * WIDTH + 14, index // columns * HEIGHT + HEADING + 24
         middle, right = left + TILE + 10, left + 2 * TILE + 22
@@ -71,7 +71,7 @@ def _write(figure: Image.Image, x: float, y: float, text: str, size: int = 14) -
 
 def _paste(figure: Image.Image, picture: Image.Image, left: int, top: int, title: str) -> None:
     corner = left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2
-    figure.paste(picture, corner, picture if picture.mode == "RGBA" else None)
+    figure.paste(picture, corner)
     ImageDraw.Draw(figure).rectangle((left - 1, top - 1, left + TILE, top + TILE), outline="lightgray")
     _write(figure, left + TILE / 2, top - 14, title)
 

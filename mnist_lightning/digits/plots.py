@@ -3,36 +3,26 @@
 All margins are given: Matplotlib's layout engines would draw each figure twice.
 """
 
-import io
 import math
 from collections.abc import Sequence
 
-import matplotlib.figure
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mnist_lightning.model import SIDE
-
-
-class Figure(matplotlib.figure.Figure):
-    """A figure that notebooks show without `pyplot`."""
-
-    def _repr_png_(self) -> bytes:
-        png = io.BytesIO()
-        self.savefig(png, format="png")
-        return png.getvalue()
 
 
 def as_pictures(images: Tensor) -> Tensor:
     """Bring images into the form in which they are drawn.
 
     Args:
-        images: Grey ones, (N, H, W), (N, 1, H, W) or, where they are square, (N, H * W); or in colour, (N, 3, H, W),
-            (N, H, W, 3), or (N, H, W, 4) with opacity. Bytes; or floats, whose range becomes [0, 1] where it is larger.
+        images: Grey ones, (N, H, W), (N, 1, H, W) or, where they are square, (N, H * W); or in colour, (N, 3, H, W)
+            or (N, H, W, 3). Bytes; or floats, whose range becomes [0, 1] where it is larger.
 
     Returns:
-        (N, H, W) or (N, H, W, C) floats in [0, 1].
+        (N, H, W) or (N, H, W, 3) floats in [0, 1].
 
     Raises:
         ValueError: They have another shape.
@@ -43,7 +33,7 @@ def as_pictures(images: Tensor) -> Tensor:
         images = images.unflatten(1, (side, side))
     elif images.ndim == 4 and shape[0] in (1, 3):
         images = images.movedim(1, 3).squeeze(3)
-    elif images.ndim != 3 and shape[2:] not in ((3,), (4,)):
+    elif images.ndim != 3 and shape[2:] != (3,):
         raise ValueError(f"tensors of the shape {tuple(shape)} are no images")
     scale = 255 if images.dtype == torch.uint8 else 1
     images = images.to(torch.promote_types(images.dtype, torch.float)) / scale
@@ -73,8 +63,7 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
     axes.axis("off")
     if len(images):
         is_ink = images.shape[1:] == (SIDE, SIDE)
-        paper = 0 if is_ink or images.shape[3:] == (4,) else 1
-        grid = tiles(images, 3, (margin, margin, above, 0), paper)
+        grid = tiles(images, 3, (margin, margin, above, 0), blank=0 if is_ink else 1)
         axes.imshow(grid.numpy(), cmap="gray_r" if is_ink else "gray", vmin=0, vmax=1)
         axes.set(xlim=(-0.5, grid.shape[1] - 0.5), ylim=(3 * (high + above) - 0.5, -0.5))
         for index, title in enumerate(titles[: len(images)]):
@@ -87,7 +76,7 @@ def digit_grid(images: Tensor, titles: Sequence[str], heading: str) -> Figure:
 
 
 def tiles(images: Tensor, columns: int, margins: tuple[int, int, int, int], blank: float = 0) -> Tensor:
-    """Put images, (N, H, W) or (N, H, W, C), side by side in rows of `columns`.
+    """Put images, (N, H, W) or (N, H, W, 3), side by side in rows of `columns`.
 
     Margins are pixels left of, right of, above and below each image, of the value `blank`.
     """

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from mnist_lightning.digits import plots
 from mnist_lightning.digits.examples import DRAWN, Examples
 from mnist_lightning.digits.network_figures import or_say
-from mnist_lightning.digits.plots import Figure
 from mnist_lightning.engine.data import uniform_noise
 from mnist_lightning.engine.report import report
 from mnist_lightning.engine.runs import run_directory

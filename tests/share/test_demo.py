@@ -178,7 +178,7 @@ def test_pixels_and_constant_add_up_to_the_logits(page: "Page", root: Path, mlp:
         constants = torch.tensor([row["constant"] for row in found], dtype=torch.float64)
         sums = torch.tensor(class_weights, dtype=torch.float64) @ logits
         torch.testing.assert_close(points.sum(1) + constants, sums, rtol=0, atol=1e-4)
-        expected, expected_constants, _ = interpretation.attributions(
+        expected, expected_constants = interpretation.attributions(
             mlp, image.repeat(len(class_weights), 1), torch.tensor(class_weights)
         )
         torch.testing.assert_close(points, expected, rtol=0, atol=1e-4)
