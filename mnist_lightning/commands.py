@@ -57,25 +57,18 @@ def read(arguments: list[str]) -> None:
         PictureError: Some of the files are not pictures. All others have been classified.
     """
     parser = _parser("read", "Classify your own pictures, each of one digit.")
-    parser.add_argument("paths", nargs="*", type=str, help="Files, folders (all pictures in them) and globs")
+    parser.add_argument("paths", nargs="+", type=str, help="Files, folders (all pictures in them) and globs")
     _add_checkpoint(parser)
     parser.add_argument("--csv", type=str, default="predictions.csv", help="CSV file to write")
     parser.add_argument("--figure", type=str, default="pictures.png", help="PNG file for a figure of the first ones")
     config = parser.parse_args(arguments)
-    if not config.paths:
-        raise UsageError("read: which pictures? Give files, folders or globs")
     with without_garbage_collector():
         from mnist_lightning.digits import picture_predictions
-    try:
-        paths, left_out = picture_predictions.find_pictures(config.paths)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    paths = picture_predictions.find_pictures(config.paths)
     for name in ("csv", "figure"):
         if Path(config[name]).resolve() in map(Path.resolve, paths):
             raise UsageError(f"{name}: {config[name]} is one of the pictures to read; give another --{name}")
     mlp, _ = _network(config.ckpt_path, config.runs)
-    if left_out:
-        print(printable(f"Left out: {left_out}"), file=sys.stderr)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken metadata, which no user can mend
         _classify(mlp, paths, config.csv, config.figure)
@@ -92,8 +85,6 @@ def _classify(mlp: "MLP", paths: list[Path], csv: str, figure: str) -> None:
             inputs[file] = result
     probabilities, rows = picture_predictions.classify(mlp, inputs)
     say(picture_predictions.table(rows))
-    if len(rows) > picture_predictions.LISTED:
-        say(printable(f"and {len(rows) - picture_predictions.LISTED:,} more in {csv}"))
     picture_predictions.write_csv(csv, rows)
     say(printable(f"Predictions: {csv}"))
     if inputs:
@@ -104,20 +95,17 @@ def _classify(mlp: "MLP", paths: list[Path], csv: str, figure: str) -> None:
 
 
 def demo(arguments: list[str]) -> None:
-    """Write a page to draw digits on, and open it in the browser."""
-    parser = _parser("demo", "Write a page to draw digits on, and open it.")
+    """Write a page to draw digits on."""
+    parser = _parser("demo", "Write a page to draw digits on.")
     _add_checkpoint(parser)
     parser.add_argument("--output", type=str, default="demo.html", help="HTML file to write")
-    parser.add_argument("--open", type=bool, default=True, help="Open it in the browser")
-    config = parser.parse_args(["--open=false" if argument == "--no-open" else argument for argument in arguments])
+    config = parser.parse_args(arguments)
     mlp, trained_on = _network(config.ckpt_path, config.runs)
     with without_garbage_collector():
-        from mnist_lightning.share.demo import open_page, page
+        from mnist_lightning.share.demo import page
     output = Path(config.output)
     output.write_text(page(mlp, trained_on), encoding="utf-8")
-    say(f"Page: {output}, {output.stat().st_size / 1e6:.1f} MB")
-    if config.open and not open_page(output):
-        say("No graphical browser was found; open the file in one")
+    say(printable(f"Page: {output.resolve().as_uri()}, {output.stat().st_size / 1e6:.1f} MB; open it in a browser"))
 
 
 def export_network(arguments: list[str]) -> None:

@@ -1,17 +1,13 @@
 """A page to draw a digit on, classified by a network that runs in the browser."""
 
 import base64
-import contextlib
 import hashlib
 import html
 import json
 import re
-import webbrowser
 from pathlib import Path
 
 from mnist_lightning.model import MLP
-
-TEXT_BROWSERS = {"www-browser", "links", "elinks", "lynx", "w3m"}  # those that Python's `webbrowser` looks for
 
 
 def page(mlp: MLP, trained_on: str) -> str:
@@ -36,11 +32,3 @@ def _policy(template: str) -> str:
         for tag, content in re.findall(r"<(style|script)>(.*?)</\1>", template, re.DOTALL)
     )
     return f"default-src 'none'; {sources}; img-src data:; base-uri 'none'; form-action 'none'"
-
-
-def open_page(file: Path) -> bool:
-    """Open a page in a browser, but not in a text browser, which takes over the terminal and runs no scripts."""
-    name = ""
-    with contextlib.suppress(webbrowser.Error):  # there is none
-        name = Path(getattr(webbrowser.get(), "name", "")).name
-    return name not in TEXT_BROWSERS and webbrowser.open(file.resolve().as_uri())

@@ -45,7 +45,7 @@ def test_no_command_imports_what_it_does_not_use(run_cli: RunCLI, tmp_path: Path
         ("fti",): {"torch"} | TRAINING | DRAWING,
         ("data", *small, f"--data.val_size={VAL_SIZE}"): TRAINING,
         ("read", "digit.png"): TRAINING | {"matplotlib", "scipy"},
-        ("demo", "--no-open"): TRAINING | DRAWING,
+        ("demo",): TRAINING | DRAWING,
         ("export", "--format=safetensors", *small): TRAINING | DRAWING,
         ("fit", "--data.ruut=x"): set(),
     }

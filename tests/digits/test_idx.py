@@ -83,7 +83,7 @@ def test_own_files_are_named_in_the_console_the_figures_and_results(
     assert all(heading.startswith("files in kmnist\n") for heading in headings)
     assert len(headings) == 2
     assert json.loads((newest_run(tmp_path) / "results.json").read_text())["dataset"] == "files in kmnist"
-    assert run_cli("demo", "--no-open", data=False) == 0
+    assert run_cli("demo", data=False) == 0
     assert "trained on files in kmnist, 11 iterations" in capsys.readouterr().out
 
 

@@ -336,7 +336,7 @@ def test_settings_that_are_no_plain_values_are_kept_as_such(run_cli: RunCLI, tmp
     assert run_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2", classes=classes) == 0
     assert run_cli("fit", f"--config={run}/config.yaml", classes=classes) == 0
     Image.new("L", (28, 28)).save(tmp_path / "digit.png")
-    for arguments in (["read", "digit.png"], ["demo", "--no-open"], ["export", "--format=safetensors"]):
+    for arguments in (["read", "digit.png"], ["demo"], ["export", "--format=safetensors"]):
         assert run_cli(*arguments, "--ckpt_path=last", data=arguments[0] == "export") == 0, arguments
 
 
@@ -368,7 +368,7 @@ def test_weights_alone_can_be_tested_and_shown_but_not_resumed(
         ["test"],
         ["predict"],
         ["read", "digit.png"],
-        ["demo", "--no-open"],
+        ["demo"],
         ["export", "--format=safetensors"],
     ):
         data = command[0] in ("validate", "test", "predict", "export")

@@ -207,7 +207,7 @@ def test_without_a_console_every_command_runs(
     Image.new("L", (28, 28)).save(tmp_path / "digit.png")
     for command in (["validate"], ["test"], ["predict"], ["export", "--format=safetensors"]):
         assert run_cli(*command, "--ckpt_path=last") == 0, command
-    for command in (["data"], ["read", "digit.png"], ["demo", "--no-open"]):
+    for command in (["data"], ["read", "digit.png"], ["demo"]):
         assert run_cli(*command, data=command == ["data"]) == 0, command
     assert run_cli("fit", "--help", data=False) == 0
     assert run_cli("fti", data=False) == 2
