@@ -1,6 +1,5 @@
 """How the network learns: loss, optimizer, and the training, validation, test and predict steps."""
 
-import math
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -14,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torchmetrics import MeanMetric
 
-from mnist_lightning import fused
+from mnist_lightning.fused import fused_step_of
 from mnist_lightning.model import MLP, PIXELS
 
 Batch = tuple[Tensor, Tensor]  # images, (B, 784), and labels, (B,)
@@ -53,11 +52,9 @@ class MNISTClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # the arguments: to `self.hparams`, into each checkpoint, and to the logger
-        self.learning_rate, self.learning_rate_schedule = learning_rate, learning_rate_schedule
-        self.weight_decay, self.label_smoothing, self.fused = weight_decay, label_smoothing, fused
         self.mlp = MLP(hidden_dim, init_std, dropout)
         self.example_input_array = torch.zeros(1, PIXELS)  # for TensorBoard's graph
-        # Each sums over a whole split, and counts each image once: also in a smaller last minibatch.
+        # Means over a split, in which each image counts once: also in a smaller last minibatch, or in other processes.
         self.val_loss, self.val_acc, self.test_loss, self.test_acc = (MeanMetric() for _ in range(4))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -67,15 +64,16 @@ class MNISTClassifier(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a minibatch, a scalar; Lightning does the backward pass and the optimizer's step."""
-        _, loss, correct = self.measure(batch, label_smoothing=self.label_smoothing)
+        _, loss, correct = self.measure(batch, label_smoothing=self.hparams["label_smoothing"])
         self.log_dict({"train/loss": loss, "train/acc": correct.mean()}, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Update the validation metrics with a minibatch; Lightning computes and resets them at the epoch's end."""
+        """Update the validation metrics with a minibatch."""
         _, losses, correct = self.measure(batch, reduction="none")
         self.val_loss.update(losses)
         self.val_acc.update(correct)
+        # The objects, not their values: at the epoch's end Lightning computes their means, and resets them.
         self.log_dict({"val/loss": self.val_loss, "val/acc": self.val_acc})
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -95,33 +93,32 @@ class MNISTClassifier(pl.LightningModule):
         """Return logits, (B, 10), the loss, by default a mean, and whether each label is predicted, (B,)."""
         images, labels = batch
         logits = self(images)
-        # It takes logits, and applies the softmax itself. A label is a class index, such as 3. The tutorial's
-        # was one-hot, 0 0 0 1 0 0 0 0 0 0, and picks the same term out of the loss's sum over the digits.
+        # It takes logits, and applies the softmax itself. A label is a class index, such as 3, in place of a one-hot
+        # row. `reduction="none"` gives a loss for each image, (B,), for the metrics to add up.
         loss = F.cross_entropy(logits, labels, **settings)  # type: ignore[arg-type]
         return logits, loss, (logits.argmax(dim=1) == labels).float()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, with one kernel for all parameters, and a learning-rate schedule that steps in each iteration."""
-        # With that one kernel Lightning cannot clip gradients that the scaler of 16-mixed has scaled.
-        fused = not (self.trainer.precision == "16-mixed" and self.trainer.gradient_clip_val)
-        optimizer = AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
-        if self.learning_rate_schedule == "constant":
+        """AdamW, and a learning-rate schedule that steps in each iteration."""
+        rate, schedule = self.hparams["learning_rate"], self.hparams["learning_rate_schedule"]
+        # All parameters in one kernel, but where gradients are scaled (16-mixed): Lightning could not clip them.
+        one_kernel = self.trainer.precision != "16-mixed"
+        optimizer = AdamW(self.parameters(), rate, weight_decay=self.hparams["weight_decay"], fused=one_kernel)
+        if schedule == "constant":
             return optimizer
-        if self.learning_rate_schedule != "one_cycle":
-            raise ValueError(f"learning_rate_schedule must be constant or one_cycle, not {self.learning_rate_schedule}")
+        if schedule != "one_cycle":
+            raise ValueError(f"learning_rate_schedule must be constant or one_cycle, not {schedule}")
         iterations = self.trainer.estimated_stepping_batches
-        if math.isinf(iterations):
+        if iterations == float("inf"):
             raise MisconfigurationException("the schedule one_cycle needs an end: give max_epochs or max_steps")
-        schedule = OneCycleLR(optimizer, self.learning_rate, total_steps=int(iterations), cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        one_cycle = OneCycleLR(optimizer, rate, total_steps=int(iterations), cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
 
     # Not needed to learn Lightning.
 
     def setup(self, stage: str) -> None:
         """Have the step of `fused.py`, where it is asked for; the engine's Trainer takes it."""
-        self.fused_step = fused.FusedStep(self.mlp) if self.fused and stage == "fit" else None
-        if self.fused_step:
-            fused.check(self, MNISTClassifier)
+        self.fused_step = fused_step_of(self, MNISTClassifier) if self.hparams["fused"] and stage == "fit" else None
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics: `validate` leaves them in inference mode, in which a later `fit` could not update them."""

@@ -47,21 +47,19 @@ class MNISTDataModule(DeviceDataModule):
         self.save_hyperparameters(ignore="root")  # where the files lie does not change the result
         self.dataset, self.root = dataset, Path(root).expanduser()
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
-        if isinstance(distortions, dict):  # as `load_from_checkpoint` passes it
-            distortions = Distortions(**distortions)
-        self.distortions = Distortions() if distortions is True else distortions or None
+        self.distortions = Distortions.of(distortions)
         self._is_prepared = False
 
     def prepare_data(self) -> None:
         """Download and verify the files. Lightning calls it in one process per machine, `setup` in every process."""
-        if not self._is_prepared:
+        if not self._is_prepared:  # Lightning calls it for `fit`, and again for the test
             files.get(self.dataset, self.root)
-        self._is_prepared = True  # Lightning calls it for `fit`, and again for the test
+            self._is_prepared = True
 
     def setup(self, stage: str) -> None:
-        """Read and split the files: images, (N, 784) uint8, and labels, (N,). On a CPU they stay on disk until used."""
-        raw = self._directory()
-        images, labels = idx.load(raw, "train")
+        """Read and split the files: images, (N, 784) uint8, and labels, (N,) uint8, are mapped into memory."""
+        raw = self._raw_of_all_processes()
+        images, labels = idx.load(raw, "train")  # a file is a header of 8 or 16 bytes, then a byte a pixel or label
         if self.val_size >= len(labels):
             raise MisconfigurationException(
                 f"data.val_size must be 1 to {len(labels) - 1:,} of the training file, not {self.val_size:,}"
@@ -72,10 +70,9 @@ class MNISTDataModule(DeviceDataModule):
 
     def train_dataloader(self) -> DeviceLoader:
         """The training split in minibatches, reshuffled in each epoch."""
-        # An epoch takes each image once, in 55,000 / 100 = 550 iterations, and each of these improves the weights: a
-        # hundred images tell the direction nearly as well as all, and 550 steps go further than one.
-        # What DataLoader(TensorDataset(images / 255, labels), batch_size, shuffle=True) does, faster, and in an order
-        # that the seed fixes: `DeviceLoader` in engine/data.py cuts minibatches and turns bytes into floats in [0, 1].
+        # 55,000 images / 100 = 550 minibatches, and as many iterations in an epoch, each a small step of the weights.
+        # `loader` is DeviceDataModule's, and does what DataLoader(TensorDataset(images / 255, labels), batch_size,
+        # shuffle=True) would, but faster, and in an order that follows from the seed and the epoch alone.
         return self.loader(*self.train, self.batch_size, shuffle_seed=self.seed, augmentation=self.distortions)
 
     def val_dataloader(self) -> DeviceLoader:
@@ -91,19 +88,15 @@ class MNISTDataModule(DeviceDataModule):
     # Not needed to learn Lightning.
 
     @property
-    def dataset_name(self) -> str:
-        """`MNIST`, `synthetic digits (not MNIST)` or `files in DIRECTORY`; known after `setup`."""
-        return str(self.hparams["dataset_name"])
-
-    @property
     def raw(self) -> Path:
         """Directory of the files."""
         return files.find(self.dataset, self.root)
 
-    def _directory(self) -> Path:
-        # All processes use what the first one found; else one machine might train on MNIST, another on other digits.
+    def _raw_of_all_processes(self) -> Path:
+        """The first process's directory: else one machine might train on MNIST, another on synthetic digits."""
         raw: Path = self.trainer.strategy.broadcast(self.raw) if self.trainer else self.raw
-        # Record in `self.hparams`, and so in checkpoints, which data `auto` took and how much is distorted.
-        distortions = asdict(self.distortions) if self.distortions else False
-        self.save_hyperparameters({**files.describe(self.dataset, self.root, raw), "distortions": distortions})
+        # Which data `auto` took, and how they are distorted: into `self.hparams`, and so into checkpoints.
+        found = files.describe(self.dataset, self.root, raw)
+        self.save_hyperparameters({**found, "distortions": asdict(self.distortions) if self.distortions else False})
+        self.dataset_name = found["dataset_name"]  # `MNIST`, `synthetic digits (not MNIST)` or `files in DIRECTORY`
         return raw

@@ -51,6 +51,11 @@ class Distortions:
         if self.smoothness == 0:
             raise ValueError("distortions.smoothness must be above 0; to have no elastic field, set elastic to 0")
 
+    @classmethod
+    def of(cls, setting: "bool | Distortions | dict[str, float]") -> "Distortions | None":
+        """What a setting asks for: `True` for those with the defaults; a checkpoint has them as a dictionary."""
+        return cls(**setting) if isinstance(setting, dict) else cls() if setting is True else setting or None
+
     def __call__(self, images: Tensor, noise: Tensor) -> Tensor:
         """Distort images.
 

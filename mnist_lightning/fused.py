@@ -58,22 +58,22 @@ class FusedStep:
         torch._fused_adamw_([W1, b1, W2, b2], [dW1, db1, dW2, db2], m, v, [], t, beta1=beta1, beta2=beta2, **settings)
 
 
-def check(module: pl.LightningModule, classifier: type[pl.LightningModule]) -> None:
-    """Refuse what the step above would not do.
+def fused_step_of(module: pl.LightningModule, classifier: type[pl.LightningModule]) -> FusedStep:
+    """The step above for a module, after a check that it is the module's own step.
 
     Args:
-        module: Asked to take it, and attached to its Trainer.
-        classifier: The class for whose `training_step`, `forward` and network it stands.
+        module: It has an `MLP` as `mlp`, and is attached to its Trainer.
+        classifier: The class whose `training_step`, `forward` and network it stands for.
 
     Raises:
         MisconfigurationException: It would do another step; the message says why.
     """
-    trainer, settings = module.trainer, module.hparams
+    trainer, settings, mlp = module.trainer, module.hparams, module.mlp
     names = ("training_step", "forward", "measure", "backward", "configure_optimizers", "configure_gradient_clipping")
     own = [name for name in names if getattr(type(module), name) is not getattr(classifier, name)]
     reasons = {
         f"{type(module).__name__} has its own {' and '.join(own)}": own,
-        f"the network is a {type(module.mlp).__name__}": type(module.mlp) is not MLP,
+        f"the network is a {type(mlp).__name__}": type(mlp) is not MLP,
         f"model.dropout is {settings['dropout']}": settings["dropout"],
         f"model.label_smoothing is {settings['label_smoothing']}": settings["label_smoothing"],
         "trainer.gradient_clip_val is set": trainer.gradient_clip_val,
@@ -84,3 +84,5 @@ def check(module: pl.LightningModule, classifier: type[pl.LightningModule]) -> N
     for reason, holds in reasons.items():
         if holds:
             raise MisconfigurationException(f"model.fused: the step in fused.py does not fit: {reason}")
+    assert isinstance(mlp, MLP)
+    return FusedStep(mlp)
