@@ -57,7 +57,7 @@ class MNISTDataModule(DeviceDataModule):
             self._is_prepared = True
 
     def setup(self, stage: str) -> None:
-        """Read and split the files: images, (N, 784) uint8, and labels, (N,) uint8, are mapped into memory."""
+        """Read and split the files: images, (N, 784) uint8, and labels, (N,) uint8."""
         raw = self._raw_of_all_processes()
         images, labels = idx.load(raw, "train")  # a file is a header of 8 or 16 bytes, then a byte a pixel or label
         if self.val_size >= len(labels):

@@ -102,11 +102,11 @@ def test_the_script_trains_tests_and_resumes(
     assert run("whole", "fit", *small, "--trainer.max_epochs=3", "--model.channels=4") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("Training on Fashion-MNIST: 1,050 images, 200 for validation; 5,874 parameters on cpu")
+    assert out.startswith("Training on FashionMNIST: 1,050 images, 200 for validation; 5,874 parameters on cpu")
     whole = tmp_path / "whole" / "lightning_logs" / "version_0"
     names = {"correct", "misclassified", "confusion_matrix", "training_curves"}
     assert {path.stem for path in (whole / "figures").iterdir()} >= names
-    assert '"dataset": "Fashion-MNIST"' in (whole / "results.json").read_text()
+    assert '"dataset": "FashionMNIST"' in (whole / "results.json").read_text()
 
     assert run("parts", "fit", *small, "--trainer.max_steps=15", "--model.channels=4", "--test_after_fit=false") == 0
     assert run("parts", "test", "--ckpt_path=best") == 0
@@ -150,14 +150,27 @@ def test_the_engines_command_line_trains_on_pictures(
             for number in range(count):
                 Image.new("RGB", (40, 36), (grey, grey, 128)).save(folder / f"{number}.png")
     (tmp_path / "pictures.py").write_text(block("class Pictures", ENGINE))
+    (config,) = (code for code in blocks("yaml", ENGINE) if "WandbLogger" in code)
+    (tmp_path / "wandb.yaml").write_text(config)
     monkeypatch.chdir(tmp_path)
+    early = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/acc", "--trainer.callbacks.mode=max"]
     settings = ["--data.root=pictures", "--data.workers=0", "--model.classes=2"]
-    for command in (["fit", "--trainer.max_epochs=3"], ["test", "--ckpt_path=best"]):
+    for command, said in (
+        (["fit", "--trainer.max_epochs=3", *early], "test accuracy: 100.0%"),
+        (["test", "--ckpt_path=best"], "test accuracy: 100.0%"),
+        (["predict", "--ckpt_path=best"], "Weights of iteration"),
+        (["fit", "--config=wandb.yaml", "--print_config"], "sync_batchnorm: true"),
+    ):
         monkeypatch.setattr(sys, "argv", ["pictures.py", *command, *settings])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path("pictures.py", run_name="__main__")
         assert ended.value.code == 0
-        assert "test accuracy: 100.0%" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert said in out
+        assert "No figures" not in out.replace("No figures of the network", "")
+    assert {"project: pictures", "mode: max"} <= {line.strip() for line in out.splitlines()}
+    run = tmp_path / "lightning_logs" / "version_0"
+    assert {"correct.png", "confusion_matrix.png"} <= {path.name for path in (run / "figures").iterdir()}
 
 
 # What they quote and name
@@ -170,7 +183,16 @@ def test_training_step_is_quoted_exactly() -> None:
 
 
 # Files that a run, a reader or another machine has, and this project does not.
-ELSEWHERE = {"config.yaml", "results.json", "predictions.csv", "demo.html", "mine.py", "exact.py", "pictures.py"}
+ELSEWHERE = {
+    "config.yaml",
+    "results.json",
+    "predictions.csv",
+    "demo.html",
+    "mine.py",
+    "exact.py",
+    "pictures.py",
+    "wandb.yaml",
+}
 ELSEWHERE |= {
     "best.ckpt",
     "last.ckpt",
