@@ -57,7 +57,10 @@ def runs_directory(trainer: Any) -> Path:
 
 
 class RunLock:
-    """The file `unfinished` of a run: there until the run is done, and locked while a process trains or tests it."""
+    """A lock on a run's directory while a process trains or tests it, and the file `unfinished` until that is done.
+
+    The lock is a file of its own: where it is given back on Windows, it is gone.
+    """
 
     _lock: FileLock | None = None
     is_new = False
@@ -70,22 +73,33 @@ class RunLock:
             JobError: Another process holds it.
         """
         if self._lock is None:
-            lock, self.is_new = _lock(run), not (run / "unfinished").exists()
-            try:
-                lock.acquire()
-            except Timeout as error:
-                raise JobError(f"another process is training in {run}") from error
-            except OSError:  # the file system knows no locks
-                (run / "unfinished").touch()
-            self._lock = lock
+            self._lock, self._unfinished = _acquire(run), run / "unfinished"
+            if self._lock is None:
+                raise JobError(f"another process is training in {run}")
+            self.is_new = not self._unfinished.exists()
+            self._unfinished.touch()
 
     def release(self, is_done: bool) -> None:
-        """Give the lock back, and remove the file where the run is done."""
+        """Give the lock back, and remove the files where the run is done."""
         if self._lock is not None:
             self._lock.release()
             if is_done:
-                Path(self._lock.lock_file).unlink(missing_ok=True)
+                for path in (self._unfinished, Path(self._lock.lock_file)):
+                    path.unlink(missing_ok=True)
             self._lock = None
+
+
+def _acquire(run: Path) -> FileLock | None:
+    """A run's lock, or None where another process holds it."""
+    # It waits: another process of this job may be looking whether the lock is free.
+    lock = FileLock(run / ".lock", timeout=1, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError):
+        pass  # the file system has no locks
+    return lock
 
 
 def find_checkpoint(name: str, runs: Path) -> Path:
@@ -124,24 +138,11 @@ def find_unfinished(runs: Path, settings: Mapping[str, Any]) -> Path | None:
             continue
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
             config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-            if all(config.get(name) == settings.get(name) for name in IDENTITY) and _is_free(run):
+            is_same = all(config.get(name) == settings.get(name) for name in IDENTITY)
+            if is_same and (lock := _acquire(run)):
+                lock.release()
                 return last
     return None
-
-
-def _is_free(run: Path) -> bool:
-    try:
-        with _lock(run):
-            return True
-    except Timeout:
-        return False
-    except OSError:  # as in `RunLock.acquire`
-        return True
-
-
-def _lock(run: Path) -> FileLock:
-    # Not at once: another process of this job may be looking whether it is free.
-    return FileLock(run / "unfinished", timeout=1, thread_local=False)
 
 
 def _numbered(runs: Path) -> list[Path]:
