@@ -1,7 +1,7 @@
 """`python -m mnist_lightning`: the command line. Lightning, whose import takes seconds, is imported where it trains."""
 
 from mnist_lightning.commands import commands_for
-from mnist_lightning.engine.console import run_command, without_garbage_collector
+from mnist_lightning.engine.console import run_command
 
 
 def main(module: type | None = None, datamodule: type | None = None) -> int:
@@ -14,12 +14,12 @@ def main(module: type | None = None, datamodule: type | None = None) -> int:
     own = [each for each in (module, datamodule) if each]
 
     def train() -> None:
-        with without_garbage_collector():
-            from mnist_lightning.classifier import MNISTClassifier
-            from mnist_lightning.datamodule import MNISTDataModule
-            from mnist_lightning.digits.predictions import PredictionWriter
-            from mnist_lightning.engine import cli
-            from mnist_lightning.figures import Figures
+        from mnist_lightning.classifier import MNISTClassifier
+        from mnist_lightning.datamodule import MNISTDataModule
+        from mnist_lightning.digits.predictions import PredictionWriter
+        from mnist_lightning.engine import cli
+        from mnist_lightning.figures import Figures
+
         chosen = module or MNISTClassifier, datamodule or MNISTDataModule
         # On one thread the shipped network trains fastest beside other work; another one may need more (0: PyTorch's).
         cli.train(*chosen, [PredictionWriter()], {"figures": Figures}, threads=0 if own else 1)

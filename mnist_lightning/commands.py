@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
-from mnist_lightning.engine.console import Command, UsageError, printable, say, without_garbage_collector
+from mnist_lightning.engine.console import Command, UsageError, printable, say
 from mnist_lightning.engine.parser import Parser
 from mnist_lightning.engine.runs import RUNS, CheckpointError, find_checkpoint
 
@@ -25,11 +25,11 @@ def data(arguments: list[str]) -> None:
     parser.add_argument("--data.val_size", type=int, default=VAL_SIZE, help="Images held out for validation")
     parser.add_argument("--figure", type=str, default="digits.png", help="PNG file for a figure of training digits")
     config = parser.parse_args(arguments)
-    with without_garbage_collector():
-        import torch.nn.functional as F
+    import torch.nn.functional as F
 
-        from mnist_lightning.digits import files, idx, plots
-        from mnist_lightning.model import CLASSES
+    from mnist_lightning.digits import files, idx, plots
+    from mnist_lightning.model import CLASSES
+
     root = Path(config.data.root)
     raw = files.get(config.data.dataset, root)
     name = files.describe(config.data.dataset, root, raw)["dataset_name"]
@@ -62,8 +62,8 @@ def read(arguments: list[str]) -> None:
     parser.add_argument("--csv", type=str, default="predictions.csv", help="CSV file to write")
     parser.add_argument("--figure", type=str, default="pictures.png", help="PNG file for a figure of the first ones")
     config = parser.parse_args(arguments)
-    with without_garbage_collector():
-        from mnist_lightning.digits import picture_predictions
+    from mnist_lightning.digits import picture_predictions
+
     paths = picture_predictions.find_pictures(config.paths)
     for name in ("csv", "figure"):
         if Path(config[name]).resolve() in map(Path.resolve, paths):
@@ -101,8 +101,8 @@ def demo(arguments: list[str]) -> None:
     parser.add_argument("--output", type=str, default="demo.html", help="HTML file to write")
     config = parser.parse_args(arguments)
     mlp, trained_on = _network(config.ckpt_path, config.runs)
-    with without_garbage_collector():
-        from mnist_lightning.share.demo import page
+    from mnist_lightning.share.demo import page
+
     output = Path(config.output)
     output.write_text(page(mlp, trained_on), encoding="utf-8")
     say(printable(f"Page: {output.resolve().as_uri()}, {output.stat().st_size / 1e6:.1f} MB; open it in a browser"))
@@ -113,9 +113,9 @@ def export_network(arguments: list[str]) -> None:
     parser = _parser("export", "Write a trained network for another runtime, load it there, and compare.")
     _add_data(parser)
     _add_checkpoint(parser)
-    with without_garbage_collector():
-        from mnist_lightning.digits import files, idx
-        from mnist_lightning.share.export import Format, export
+    from mnist_lightning.digits import files, idx
+    from mnist_lightning.share.export import Format, export
+
     parser.add_argument("--format", type=Format, required=True, help=f"One of {', '.join(get_args(Format))}")
     parser.add_argument("--output", type=str, help="File to write; by default mnist.onnx or mnist.safetensors")
     config = parser.parse_args(arguments)
@@ -163,8 +163,7 @@ def _parser(name: str, description: str) -> Parser:
 
 
 def _add_data(parser: Parser) -> None:
-    with without_garbage_collector():
-        from mnist_lightning.digits.files import Dataset
+    from mnist_lightning.digits.files import Dataset
 
     parser.add_argument("--data.dataset", type=Dataset, default="auto", help="As for `fit`")
     parser.add_argument("--data.root", type=str, default="data", help="Directory for the files")
@@ -179,12 +178,12 @@ def _add_checkpoint(parser: Parser) -> None:
 
 def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
     """A checkpoint's network, in float32 and without gradients; and what it was trained on, in words."""
-    with without_garbage_collector():
-        import torch
-        from torch import nn
+    import torch
+    from torch import nn
 
-        from mnist_lightning.engine.checkpoint_file import load_checkpoint
-        from mnist_lightning.model import MLP
+    from mnist_lightning.engine.checkpoint_file import load_checkpoint
+    from mnist_lightning.model import MLP
+
     try:
         path = find_checkpoint(ckpt_path, Path(runs))
         checkpoint = load_checkpoint(path)

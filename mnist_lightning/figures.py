@@ -8,8 +8,7 @@ import torch
 from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.digits import network_figures, plots, run_figures
 from mnist_lightning.digits.examples import DRAWN, Collector, join
-from mnist_lightning.digits.network_figures import or_say
-from mnist_lightning.engine.console import say
+from mnist_lightning.engine.console import say, say_if_it_fails
 from mnist_lightning.engine.processes import gather_parts
 from mnist_lightning.engine.report import data_name, report
 from mnist_lightning.engine.runs import run_directory
@@ -42,7 +41,7 @@ class Figures(pl.Callback):
         """Draw five training digits beside distorted copies, where there are distortions."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if self.enabled and not trainer.global_step and getattr(data, "distortions", None):
-            with or_say("No figure distortions.png"):
+            with say_if_it_fails("No figure distortions.png"):
                 run_figures.save(run_figures.draw_distortions(data, data_name(trainer)), trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -62,12 +61,12 @@ class Figures(pl.Callback):
         if not self.enabled or run_directory(trainer) is None:
             return
         history, by_confidence = report(trainer), self.misclassified == "confidence"
-        with or_say("No figure training_curves.png"):
+        with say_if_it_fails("No figure training_curves.png"):
             if history and history.train:
                 train, val = (torch.tensor(rows).reshape(-1, 3) for rows in (history.train, history.val))
                 curves = plots.training_curves(train, val, f"{name}: training curves")
                 run_figures.save({"training_curves": curves}, trainer)
-        with or_say("No figures of the test"):
+        with say_if_it_fails("No figures of the test"):
             examples = join(parts)
             if len(trainer.num_test_batches) > 1:
                 say("The figures are of the first test loader")
@@ -76,6 +75,6 @@ class Figures(pl.Callback):
             if self.network:
                 mistakes = examples.mistakes(by_confidence)[:DRAWN]
                 run_figures.save(network_figures.draw(pl_module, examples, mistakes, name), trainer)
-            with or_say("Nothing in the projector"):
+            with say_if_it_fails("Nothing in the projector"):
                 if self.projector:
                     network_figures.add_to_projector(trainer, pl_module, examples)

@@ -39,7 +39,8 @@ def state() -> dict[str, Any]:
         handlers = [(handler, handler.level, handler.filters[:]) for handler in logger.handlers]
         found[f"logger {name}"] = [logger.level, logger.propagate, logger.disabled, logger.filters[:], handlers]
     if torch := sys.modules.get("torch"):
-        found["denormals"] = torch.tensor(1e-310, dtype=torch.double).mul(1).item()
+        # As bits: a process that takes denormal numbers for zeros also finds them equal to zeros.
+        found["denormals"] = torch.tensor(1e-310, dtype=torch.double).mul(1).view(torch.int64).item()
         found["torch"] = [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()]
         found["torch"] += [torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()]
     for name, module in list(sys.modules.items()):

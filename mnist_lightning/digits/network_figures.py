@@ -1,8 +1,6 @@
 """Figures of an `MLP`: its layers, its weights, attributions of misclassified digits; points for the projector."""
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,18 +13,8 @@ from torch import Tensor, nn
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.digits import interpretation, plots
 from mnist_lightning.digits.examples import FIRST, Examples
-from mnist_lightning.engine.console import say
+from mnist_lightning.engine.console import say_if_it_fails
 from mnist_lightning.model import CLASSES, MLP, PIXELS, SIDE
-
-
-@contextlib.contextmanager
-def or_say(without: str) -> Iterator[None]:
-    """Say in a line what there is `without`, and why, where drawing fails: a run that is done must not fail of it."""
-    try:
-        yield
-    except Exception as error:
-        text = " ".join(str(error).partition("\n")[0].split())
-        say(f"{without}: {text if isinstance(error, ValueError) and text else f'{type(error).__name__}: {text}'}")
 
 
 def draw(network: nn.Module, examples: Examples, mistakes: Tensor, name: str) -> dict[str, Figure]:
@@ -39,7 +27,7 @@ def draw(network: nn.Module, examples: Examples, mistakes: Tensor, name: str) ->
         name: Of the data.
     """
     figures = {}
-    with or_say("No figures of the network"):
+    with say_if_it_fails("No figures of the network"):
         mlp = _mlp(network)
         figures["network"] = draw_layers(mlp, type(network).__name__)
         units = interpretation.important_units(mlp, examples.images[:FIRST].float())

@@ -9,7 +9,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from mnist_lightning.digits import plots
 from mnist_lightning.digits.examples import DRAWN, Examples
-from mnist_lightning.digits.network_figures import or_say
+from mnist_lightning.engine.console import say_if_it_fails
 from mnist_lightning.engine.data import uniform_noise
 from mnist_lightning.engine.report import report
 from mnist_lightning.engine.runs import run_directory
@@ -44,7 +44,7 @@ def draw_test(examples: Examples, by_confidence: bool, name: str, are_digits: bo
     counts = multiclass_confusion_matrix(examples.predictions, examples.labels, num_classes=examples.classes)
     heading = f"{name}\nconfusion matrix of {len(examples.labels):,} {what}"
     figures = {"confusion_matrix": plots.confusion_matrix(counts, heading)}
-    with or_say("No figures of correct and misclassified images"):
+    with say_if_it_fails("No figures of correct and misclassified images"):
         figures["correct"] = grid(examples.correct(), "correct", first)
         order = "most confident first" if by_confidence else first
         figures["misclassified"] = grid(examples.mistakes(by_confidence), "misclassified", order)

@@ -116,6 +116,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Set the number of threads, and give the checkpoint to the Trainer."""
         config = self.config[self.subcommand]
+        if (callback := config.trainer.callbacks) and not isinstance(callback, list):
+            config.trainer.callbacks = [callback]  # else jsonargparse would not say where a bug in making it is
         given = config.trainer.logger
         for logger in given if isinstance(given, list) else [given]:
             if getattr(logger, "class_path", "").endswith(".TensorBoardLogger"):

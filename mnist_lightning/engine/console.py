@@ -1,7 +1,6 @@
 """What a command says, and how it ends: lines, errors in one line, exit codes. It starts without PyTorch."""
 
 import contextlib
-import difflib
 import gc
 import os
 import shlex
@@ -9,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 from lightning_utilities.core.rank_zero import rank_zero_only  # where Lightning keeps this process's rank
 
@@ -36,20 +36,11 @@ class UsageError(JobError):
 
 
 class Stopped(Exception):  # noqa: N818 (no error, as StopIteration is none)
-    """A signal ended training, and all is saved.
-
-    Args:
-        signum: The signal's number.
-        message: What to say of it.
-    """
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
+    """A signal ended training, and all is saved. Its arguments are the signal's number and what to say of it."""
 
 
 def run_command(train: Callable[[], None], commands: Mapping[str, Command], description: str) -> int:
-    """Run the command line. It leaves the process's environment as it was.
+    """Run the command line. It leaves the process as it was.
 
     Args:
         train: Imports Lightning, parses the command line, and runs one of `TRAINER_COMMANDS`.
@@ -62,53 +53,44 @@ def run_command(train: Callable[[], None], commands: Mapping[str, Command], desc
     Raises:
         Exception: There is a bug, ours or the user's: Python shows where.
     """
-    with _streams_and_environment():
-        code = _exit_code(train, commands, description)
-    return code
+    environment, thresholds = dict(os.environ), gc.get_threshold()
+    gc.set_threshold(100_000)  # imports make much that stays: looking through it again and again takes a second
+    if "ipykernel" not in sys.modules:
+        # A notebook's `!python -m ...` inherits its variable, which may name a backend that is not installed here.
+        os.environ["MPLBACKEND"] = "agg"
+    with contextlib.redirect_stdout(_opened(sys.stdout)), contextlib.redirect_stderr(_opened(sys.stderr)):
+        try:
+            return _exit_code(train, commands, description)
+        finally:
+            say("", end="")  # flushes what others have printed
+            os.environ.clear()
+            os.environ.update(environment)
+            gc.set_threshold(*thresholds)
+
+
+def _opened(stream: TextIO | None) -> TextIO:
+    """A standard stream, or where it is missing or closed, as in a program without a console, one to nowhere."""
+    return stream if stream and not stream.closed else open(os.devnull, "w")  # noqa: PTH123
 
 
 def _exit_code(train: Callable[[], None], commands: Mapping[str, Command], description: str) -> int:
     try:
         _dispatch(train, commands, description)
         return 0
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's way to end
+    except (SystemExit, KeyboardInterrupt) as end:
+        # Lightning answers Ctrl-C with the first.
+        if isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt):
             return _fail("interrupted", 128 + signal.SIGINT)
         return end.code if isinstance(end.code, int) else 0  # 0 after `--help`
-    except KeyboardInterrupt:
-        return _fail("interrupted", 128 + signal.SIGINT)
     except Stopped as stopped:
-        say(str(stopped))
+        signum, message = stopped.args
+        say(message)
         # The first process answers for all; Lightning would kill it, should it see that another one has failed.
-        return 128 + stopped.signum if rank() == 0 else 0
-    except UsageError as error:
-        return _fail(error, 2)
-    except JobError as error:
-        return _fail(error, 1)
-    except OSError as error:
-        if error.filename is None:
+        return 128 + int(signum) if rank() == 0 else 0
+    except (JobError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
             raise
-        return _fail(error, 1)
-
-
-@contextlib.contextmanager
-def _streams_and_environment() -> Iterator[None]:
-    """Replace streams that are missing or closed, as those of a program without a console; at the end, put all back."""
-    environment, streams = dict(os.environ), (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = (
-        stream if stream and not stream.closed else open(os.devnull, "w")  # noqa: PTH123, SIM115
-        for stream in streams
-    )
-    if "ipykernel" not in sys.modules:
-        # A notebook's `!python -m ...` inherits its variable, which may name a backend that is not installed here.
-        os.environ["MPLBACKEND"] = "agg"
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        say("", end="")  # flushes what others have printed
-        sys.stdout, sys.stderr = streams
+        return _fail(error, 2 if isinstance(error, UsageError) else 1)
 
 
 def _dispatch(train: Callable[[], None], commands: Mapping[str, Command], description: str) -> None:
@@ -123,22 +105,13 @@ def _dispatch(train: Callable[[], None], commands: Mapping[str, Command], descri
     elif name in TRAINER_COMMANDS:
         train()
     else:
-        raise UsageError(_wrong_command(name, [*TRAINER_COMMANDS, *commands]))
-
-
-def _wrong_command(name: str, names: list[str]) -> str:
-    # Lightning's error would name its own commands only, and not say that the settings after a command are its own.
-    if name.startswith("-"):
-        command = next((argument for argument in sys.argv if argument in names), names[0])
-        return f"the command comes first, and its settings after it: {command} {name}"
-    problem = f"there is no command {name}" if name else "a command is missing"
-    return problem + did_you_mean(name, names, f"; give {', '.join(names[:-1])} or {names[-1]}")
-
-
-def did_you_mean(name: str, names: Iterable[str], otherwise: str = "") -> str:
-    """`; did you mean X?` with the nearest of some names, or `otherwise` where none is near."""
-    nearest = difflib.get_close_matches(name, [*names], n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else otherwise
+        # Lightning's error would name its own commands only, and not say that the settings after a command are its own.
+        names = [*TRAINER_COMMANDS, *commands]
+        if name.startswith("-"):
+            command_name = next((argument for argument in sys.argv if argument in names), names[0])
+            raise UsageError(f"the command comes first, and its settings after it: {command_name} {name}")
+        problem = f"there is no command {name}" if name else "a command is missing"
+        raise UsageError(f"{problem}; give {', '.join(names[:-1])} or {names[-1]}")
 
 
 def _fail(error: Exception | str, code: int) -> int:
@@ -188,12 +161,10 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
 
 @contextlib.contextmanager
-def without_garbage_collector() -> Iterator[None]:
-    """Import in it: the garbage collector, which finds nothing there, would take a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+def say_if_it_fails(what: str) -> Iterator[None]:
+    """Do what a run does not depend on: where it fails, say in a line `what` there is not, and why."""
     try:
         yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    except Exception as error:  # whatever others' code may raise
+        text = " ".join(str(error).partition("\n")[0].split())
+        say(f"{what}: {text if isinstance(error, ValueError) and text else f'{type(error).__name__}: {text}'}")

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from . import processes
 from .console import JobError, Stopped, UsageError
-from .parser import telling_line
+from .parser import one_line
 
 # Lightning announces itself, and says what our own lines say.
 NOISE = re.compile(
@@ -63,7 +63,7 @@ def in_one_line() -> Iterator[None]:
                 cause = f"{type(error).__name__}: {error}"
                 raise JobError(f"ckpt_path: the checkpoint cannot be loaded: {cause}") from error
             if isinstance(error, ValueError | TypeError | ImportError):  # one of Lightning's checks
-                raise UsageError(telling_line(str(error))) from error
+                raise UsageError(one_line(str(error))) from error
         if "address already in use" in str(error).lower():
             used = f"port {os.environ.get('MASTER_PORT')} is in use, maybe by another run"
             raise JobError(f"{used}; set MASTER_PORT to a free one, or unset it") from error
@@ -79,29 +79,21 @@ def has_user_code(error: Exception) -> bool:
     libraries = [Path(str(module)).parent for module in modules]
     cause = error.__cause__ or error.__context__
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    are_libraries = [any(map(file.is_relative_to, libraries)) for file in files]
-    # What comes before the first of them is the program that was started.
-    is_own = True not in are_libraries or not all(are_libraries[are_libraries.index(True) :])
-    return is_own or (isinstance(cause, Exception) and has_user_code(cause))
+    is_library = all(any(map(file.is_relative_to, libraries)) for file in files)
+    return not is_library or (isinstance(cause, Exception) and has_user_code(cause))
 
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
     """Leave out Lightning's lines and warnings that no user can act on."""
 
-    def is_told(record: logging.LogRecord) -> bool:
+    def is_wanted(record: logging.LogRecord) -> bool:
         return not NOISE.search(record.getMessage())
 
-    handlers = [
-        handler for part in ("pytorch", "fabric") for handler in logging.getLogger(f"lightning.{part}").handlers
-    ]
-    for handler in handlers:
-        handler.addFilter(is_told)
-    with warnings.catch_warnings():
-        for message in NOISY_WARNINGS:
-            warnings.filterwarnings("ignore", message)
-        try:
-            yield
-        finally:
-            for handler in handlers:
-                handler.removeFilter(is_told)
+    with warnings.catch_warnings(), contextlib.ExitStack() as at_the_end:
+        warnings.filterwarnings("ignore", "|".join(NOISY_WARNINGS))
+        for part in ("pytorch", "fabric"):
+            for handler in logging.getLogger(f"lightning.{part}").handlers:
+                handler.addFilter(is_wanted)
+                at_the_end.callback(handler.removeFilter, is_wanted)
+        yield

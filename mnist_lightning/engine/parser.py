@@ -1,23 +1,22 @@
-"""The argument parser: errors in one line, config files in any Unicode encoding. It starts without Lightning."""
+"""The argument parser: errors in one line, config files in Unicode, the engine's settings. Lightning is not needed."""
 
+import codecs
+import difflib
+import itertools
 import re
-from argparse import ArgumentParser
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jsonargparse
-import yaml
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, path_type
 
-from .console import UsageError, did_you_mean
+from .console import UsageError
 
-# What Lightning does not check: the least value of what may also be -1, for no limit, and of the others.
-OR_UNLIMITED = {"max_epochs": 1, "max_steps": 1, "num_sanity_val_steps": 0}
+# The least values that make sense of settings that Lightning does not check.
 MINIMA = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
 
-# Errors of a union's types that do not say what is wrong with the value.
-VAGUE = re.compile(r"Expected a |Not a valid subclass|Import path .* does not correspond")
+# Errors that only say which type was expected.
+VAGUE = re.compile(r"Expected a |Not a valid subclass")
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -28,43 +27,39 @@ class Parser(jsonargparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the telling line of `message` as a `UsageError`."""
-        unknown = re.search(r"(?:unrecognized arguments: --|does not accept [a-z ]+')([\w.-]+)", message)
-        known = set(_settings(self))
-        if unknown and unknown[1] not in known:
-            message = f"there is no setting {unknown[1]}{did_you_mean(unknown[1], known)}"
-        raise UsageError(telling_line(message)) from ex
+        """Raise `message` as a `UsageError`, with the nearest name for a setting that does not exist."""
+        if unknown := re.search(r"(?:unrecognized arguments: --|does not accept [a-z ]+')([\w.-]+)", message):
+            groups = (action.choices.values() for action in self._actions if isinstance(action.choices, dict))
+            parsers = [self, *itertools.chain(*groups)]
+            known = {action.dest for parser in parsers for action in parser._actions}
+            if unknown[1] not in known:
+                nearest = difflib.get_close_matches(unknown[1], known, n=1)
+                message = f"there is no setting {unknown[1]}{f'; did you mean {nearest[0]}?' if nearest else ''}"
+        raise UsageError(one_line(message)) from ex
 
-    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse a config file in UTF-8 or, with a byte-order mark, UTF-16; errors name the file and the line."""
+    def parse_path(self, path: Any, **kwargs: Any) -> Any:
+        """Parse a config file in UTF-8 or, with a byte-order mark, UTF-16, whatever the locale; errors name it."""
+        content = Path(path).read_bytes()
+        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
         try:
-            text = _decode(Path(path).read_bytes())
-            yaml.safe_load(text)
-            if text == Path(path).read_text(errors="replace"):
-                return super().parse_path(path, *args, **kwargs)
-            return self.parse_string(text, *args, **kwargs)  # the locale's encoding is another one
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-            raise UsageError(f"{path}: {place}{error.problem}{_backslashes(text)}") from error
+            with path_type("fr")(path).relative_path_context():
+                config = self.parse_string(content.decode(encoding), **kwargs)
+            if config.get("data.seed") is not None:
+                raise UsageError("data.seed is ignored: give seed_everything")
+            return config
         except (UsageError, ValueError) as error:
             raise UsageError(f"{path}: {error}") from error
 
 
-def telling_line(message: str) -> str:
-    """jsonargparse's message in one line: the setting and, of the errors of a union's types, the most telling one."""
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", message)
-    setting = re.match(r'Parser key "(.*?)":\s*', message)
-    rest = message[setting.end() :] if setting else message
-    if union := re.search(
-        r"(?s)Subtypes: \[(.*?)\]\n.*?Errors:((\n *- ).*?)\n\s*Given value type:.*?Given value: (.*)", rest
-    ):
-        types, errors, bullet, value = union.groups()
-        telling = [each for each in errors.split(bullet)[1:] if not VAGUE.match(each) or "Got value" in each]
-        telling.sort(key=lambda each: bool(VAGUE.match(each)))
-        types = re.sub(r"(\w+\.)+", "", types).replace("NoneType", "null")
-        rest = telling[0] if telling else f"expected one of {types}; got {value}"
-    return " ".join((f"{setting[1]}: {rest}" if setting else rest).split())
+def one_line(message: str) -> str:
+    """jsonargparse's message in one line, with one of the errors where a value is of none of several types."""
+    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", re.sub(r'^Parser key "(.*?)":', r"\1:", message))
+    if union := re.match(r"(?s)([\w.]+:\s|).*?\n *Errors:(\n *- )(.*)\n *Given value type:", message):
+        setting, bullet, errors = union.groups()
+        # The one that says more than which type was expected, if there is one.
+        telling = [each for each in errors.split(bullet) if not VAGUE.match(each) or "Got value" in each]
+        message = setting + (one_line(telling[0]) if telling else errors.replace(bullet, " or "))
+    return " ".join(message.split())
 
 
 def add_settings(parser: jsonargparse.ArgumentParser, threads: int) -> None:
@@ -88,30 +83,11 @@ def check_values(config: Any) -> None:
     seed, trainer = config.seed_everything, config.trainer
     if isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UsageError(f"seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}")
-    for name, least in (OR_UNLIMITED | MINIMA).items():
-        value, may_be_unlimited = trainer[name], name in OR_UNLIMITED
-        if value is not None and value < least and not (may_be_unlimited and value == -1):
-            choice = ", or -1 for no limit" if may_be_unlimited else ""
-            raise UsageError(f"trainer.{name} must be at least {least}{choice}, not {value}")
-    if trainer.val_check_interval == 0:
-        raise UsageError("trainer.val_check_interval must be above 0; trainer.limit_val_batches 0 does not validate")
+    for name in ("max_epochs", "max_steps", "val_check_interval"):
+        if trainer[name] == 0:
+            raise UsageError(f"trainer.{name} must not be 0")
+    for name, least in MINIMA.items():
+        if trainer[name] is not None and trainer[name] < least:
+            raise UsageError(f"trainer.{name} must be at least {least}, not {trainer[name]}")
     if config.get("lr_scheduler") and not config.get("optimizer"):  # Lightning would ignore it
         raise UsageError("lr_scheduler: give --optimizer, too")
-
-
-def _decode(content: bytes) -> str:
-    is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
-
-
-def _backslashes(text: str) -> str:
-    hint = "; in double quotes a backslash begins an escape sequence: give the path in single quotes"
-    return hint if re.search(r'"[^"\n]*\\', text) else ""
-
-
-def _settings(parser: ArgumentParser) -> Iterator[str]:
-    for action in parser._actions:
-        yield action.dest
-        if isinstance(action.choices, dict):  # of subcommands
-            for subparser in action.choices.values():
-                yield from _settings(subparser)

@@ -1,6 +1,7 @@
 """The processes of a run: DDP that counts each example once, checks of how they were started, their settings."""
 
 import contextlib
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -148,12 +149,15 @@ def is_lost(error: Exception) -> bool:
 def process_settings() -> Iterator[None]:
     """Flush denormal numbers to zero. At the end, restore that and the number of threads, and end the process group."""
     threads, flushes = torch.get_num_threads(), not torch.tensor(1e-310, dtype=torch.double).mul(1).item()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)  # Python's, in place of those for importing: a cycle may hold large tensors
     # Adam's moments of rarely lit pixels decay into denormal numbers, which a CPU computes many times slower, so that
     # epochs would get slower and slower.
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushes)
         if torch.distributed.is_initialized():

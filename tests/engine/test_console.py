@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import process_state
 import pytest
@@ -78,7 +77,6 @@ MINE = """
 import lightning.pytorch as pl
 import torch
 from mnist_lightning import MNISTClassifier, MNISTDataModule
-from mnist_lightning.__main__ import main
 
 class Model(MNISTClassifier):
     def __init__(self, **settings):
@@ -98,9 +96,6 @@ class Data(MNISTDataModule):
 class Callback(pl.Callback):
     def __init__(self):
         {callback}
-
-if __name__ == "__main__":
-    raise SystemExit(main(Model, Data))
 """
 BUGS = {
     "init": "raise ValueError('mine')  # bug",
@@ -111,18 +106,13 @@ BUGS = {
 }
 
 
-def script(directory: Path, place: str) -> Path:
-    """The user's program, with a bug in one place."""
-    path = directory / "mine.py"
-    path.write_text(MINE.format_map(dict.fromkeys(BUGS, "pass") | {place: BUGS[place]}))
-    return path
-
-
-@pytest.mark.parametrize("place", list(BUGS)[:-1])  # jsonargparse makes a line of one in a callback it is to make
+@pytest.mark.parametrize("place", BUGS)
 def test_a_users_bug_keeps_its_place(
     run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    mine = runpy.run_path(str(script(tmp_path, place)))
+    path = tmp_path / "mine.py"
+    path.write_text(MINE.format_map(dict.fromkeys(BUGS, "pass") | {place: BUGS[place]}))
+    mine = runpy.run_path(str(path))
     monkeypatch.syspath_prepend(tmp_path)
     callback = ["--trainer.callbacks=mine.Callback"] if place == "callback" else []
     with pytest.raises((ValueError, NameError, TypeError)) as raised:
@@ -132,23 +122,7 @@ def test_a_users_bug_keeps_its_place(
     assert BUGS[place] in trace
 
 
-def test_a_users_bug_in_a_process_of_its_own(root: Path, tmp_path: Path) -> None:
-    small = ["--data.dataset=synthetic", f"--data.root={root}", f"--data.val_size={VAL_SIZE}"]
-    command = [sys.executable, str(script(tmp_path, "training_step")), "fit", *SHORT, *small]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Traceback (most recent call last):\n")
-    assert BUGS["training_step"] in done.stderr
-    assert "mine.py" in done.stderr
-
-
 # What a command leaves of its process
-
-
-def state() -> dict[str, Any]:
-    # As bits, since a process that takes denormal numbers for zeros also finds them equal to zeros.
-    denormal = torch.tensor(1e-310, dtype=torch.double).mul(1).view(torch.int64).item()
-    return process_state.state() | {"bits of a denormal number": denormal}
 
 
 def in_a_thread(call: Callable[[], None]) -> None:
@@ -172,10 +146,10 @@ def test_commands_leave_the_process_as_it_was(run_cli: RunCLI, monkeypatch: pyte
         codes.append(run_cli("fit", *SHORT, "--model.learning_rate=1e38"))
         monkeypatch.setattr(sys, "argv", argv)
 
-    states = [state()]
+    states = [process_state.state()]
     for _ in range(2):
         in_a_thread(call) if where == "thread" else call()
-        states.append(state())
+        states.append(process_state.state())
     assert codes == [0, 0, 2, 1] * 2
     changed = process_state.changes(*states[:2])
     # The first time, Pillow and others register what they can do.
