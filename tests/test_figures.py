@@ -211,7 +211,7 @@ def test_loggers_that_take_images_get_them(
     trainer.test(model, datamodule=data, verbose=False)
     pngs = {f"figures/{name}": ([(tmp_path / f"figures/{name}.png").read_bytes()], 10) for name in GRIDS}
     assert loggers[0].taken == pngs  # type: ignore[attr-defined]
-    assert capsys.readouterr().out.splitlines() == ["No pictures in Refuses: no network"]
+    assert capsys.readouterr().out.splitlines() == ["No pictures in Refuses: ConnectionError: no network"]
 
 
 def test_whatever_goes_wrong_is_a_line(

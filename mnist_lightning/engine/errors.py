@@ -76,10 +76,9 @@ def in_one_line() -> Iterator[None]:
 def has_user_code(error: Exception) -> bool:
     """Whether a file outside of this folder, Lightning and its libraries led to an error, or to what led to it."""
     modules = (lightning.__file__, torch.__file__, jsonargparse.__file__, __file__)
-    libraries = [Path(str(module)).parent for module in modules]
+    libraries = tuple(f"{Path(str(module)).parent}{os.sep}" for module in modules)
     cause = error.__cause__ or error.__context__
-    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    is_library = all(any(map(file.is_relative_to, libraries)) for file in files)
+    is_library = all(each.filename.startswith(libraries) for each in traceback.extract_tb(error.__traceback__))
     return not is_library or (isinstance(cause, Exception) and has_user_code(cause))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from . import tensorboard
@@ -39,8 +40,6 @@ class Report(pl.Callback):
         self._seconds_of_resumed_runs = 0.0
         self._started: float | None = None
         self._stale: dict[str, Any] = {}  # metrics from before this epoch
-        self._validated: list[float] = []  # sums of the weights that were validated last
-        self._is_validated = True  # the weights that training left
 
     @property
     def train_seconds(self) -> float:
@@ -107,9 +106,6 @@ class Report(pl.Callback):
             self.train.append([iteration, *measured])
             say(f"iter {iteration}: Loss={measured[0]:.2f}, Training Accuracy={measured[1]:.1%}")
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validated = _sums(pl_module)
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or (measured := _metrics(trainer, "val")) is None:
             return
@@ -119,8 +115,6 @@ class Report(pl.Callback):
         say(f"Epoch: {trainer.current_epoch + 1}, {line}" if fitting else line.capitalize())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A callback may have put an average in their place.
-        self._is_validated = self._validated == _sums(pl_module)
         self._seconds_of_resumed_runs, self._started = self.train_seconds, None
         self._write_results(trainer)
 
@@ -142,8 +136,9 @@ class Report(pl.Callback):
         if (folder := run_directory(trainer)) is None:
             return
         iteration, dataset = self._loaded or (trainer.global_step, data_name(trainer))
-        # Validation of the very weights that are tested, if it was on the same dataset.
-        counts = dataset == data_name(trainer) and (self._loaded or self._is_validated)
+        # Validation of the very weights that are tested, on the same dataset. (This callback averages at the end.)
+        averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        counts = dataset == data_name(trainer) and (self._loaded or not averages)
         validated = [(loss, acc) for at, loss, acc in self.val if counts and at == iteration]
         results: dict[str, Any] = {"dataset": data_name(trainer), "seed": data_settings(trainer).get("seed")}
         results |= {"iterations": trainer.global_step or iteration, "train_seconds": round(self.train_seconds, 3)}
@@ -205,7 +200,3 @@ def _sizes(trainer: pl.Trainer) -> str:
         return ""
     train, val = (len(targets) for _, targets in splits)
     return f": {train:,} images, {val:,} for validation"
-
-
-def _sums(module: pl.LightningModule) -> list[float]:
-    return [parameter.sum().item() for parameter in module.parameters()]

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -16,9 +16,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from .checkpoint_file import plain_values, write_whole
-from .console import JobError, say
-from .runs import CheckpointError, run_directory
+from .checkpoint_file import write_whole
+from .console import JobError, say_if_it_fails
+from .runs import run_directory
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -30,7 +30,7 @@ class RunLogger(TensorBoardLogger):
     """A TensorBoard logger whose `version_N` directories are numbered without a race."""
 
     _number: int | None = None
-    _is_made = False
+    """Of the directory, once it is made here."""
 
     @property
     def version(self) -> int | str:
@@ -41,41 +41,39 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_experiment
     def experiment(self) -> "SummaryWriter":
         """The writer; the first use makes the run's directory."""
-        if not self._is_made and isinstance(self.version, int):
-            self._make_directory(self.version)
+        if self._number is None and isinstance(self.version, int):
+            self._number = _make_directory(Path(self.root_dir), self.version)
         writer: SummaryWriter = super().experiment
         return writer
-
-    def _make_directory(self, number: int) -> None:
-        root = Path(self.root_dir)
-        with contextlib.suppress(FileExistsError):  # it may be a file, or a link to nothing
-            root.mkdir(parents=True, exist_ok=True)
-        if not root.is_dir():
-            raise JobError(f"{root} is no directory; move it away, or give another --trainer.default_root_dir")
-        # Lightning takes the next free number long before: of runs that start at once, several would take the same.
-        while not self._is_made:
-            self._number = number
-            with contextlib.suppress(FileExistsError):
-                Path(self.log_dir).mkdir()
-                self._is_made = True
-            number += 1
 
     @rank_zero_only
     def log_graph(self, model: Any, input_array: Any = None) -> None:
         """Draw the network's graph from the module's `example_input_array`, if it has one that fits."""
         if input_array is None and model.example_input_array is not None:
             input_array = model.trainer.precision_plugin.convert_input(model.example_input_array)
-        try:
+        with say_if_it_fails("No graph in TensorBoard"):
             super().log_graph(model, input_array)
-        except Exception as error:  # whatever a network may do with an example that does not fit
-            say(f"No graph in TensorBoard: {error}".partition("\n")[0])
 
     def discard(self) -> None:
         """Remove the directory, if it was made here: its run has not begun."""
-        if self._is_made:
+        if self._number is not None:
             shutil.rmtree(self.log_dir, ignore_errors=True)
             with contextlib.suppress(OSError):  # there are other runs
                 Path(self.root_dir).rmdir()
+
+
+def _make_directory(root: Path, number: int) -> int:
+    """Make the first `version_N` from a number on that is free; return its number."""
+    with contextlib.suppress(FileExistsError):  # it may be a file, or a link to nothing
+        root.mkdir(parents=True, exist_ok=True)
+    if not root.is_dir():
+        raise JobError(f"{root} is no directory; move it away, or give another --trainer.default_root_dir")
+    # Lightning takes the next free number long before: of runs that start at once, several would take the same.
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (root / f"version_{number}").mkdir()
+            return number
+        number += 1
 
 
 class SaveConfig(SaveConfigCallback):
@@ -110,12 +108,12 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, Enum):
         return value.name  # as it is parsed
-    if isinstance(value, torch.device | timedelta):
+    if isinstance(value, torch.device | timedelta | PurePath):
         return str(value)
-    try:
-        return plain_values(value, "")
-    except CheckpointError:
-        return NO_TEXT
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)  # jsonargparse's types and NumPy's are subclasses
+    return None if value is None else NO_TEXT
 
 
 def purge_after(trainer: pl.Trainer) -> None:
@@ -146,11 +144,9 @@ def log_pictures(trainer: pl.Trainer, pictures: Mapping[str, Path], step: int) -
             for tag, path in pictures.items():
                 logger.experiment.file_writer.add_summary(_image(tag, path.read_bytes()), step)
         elif log_image := getattr(logger, "log_image", None):
-            try:
+            with say_if_it_fails(f"No pictures in {type(logger).__name__}"):
                 for tag, path in pictures.items():
                     log_image(key=tag, images=[str(path)], step=step)
-            except Exception as error:  # whatever another service may refuse
-                say(f"No pictures in {type(logger).__name__}: {error}".partition("\n")[0])
 
 
 def _image(tag: str, png: bytes) -> Any:

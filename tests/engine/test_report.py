@@ -1,6 +1,5 @@
 """The report: console lines and `results.json`, whatever is trained."""
 
-import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -70,9 +69,6 @@ def test_a_run_shorter_than_a_logging_interval_has_no_training_curve(
     assert err == ""
     assert "train/loss" not in events(RUN).Tags()["scalars"]
     assert not (RUN / "figures/training_curves.png").exists()
-    assert run_cli("fit", "--trainer.max_epochs=3", "--ckpt_path=last") == 0
-    assert "iter 23: Loss=" in capsys.readouterr().out
-    assert steps(RUN, "train/loss") == [22]
 
 
 def test_which_weights_are_tested(run_cli: RunCLI) -> None:
@@ -110,16 +106,3 @@ def test_an_average_that_nobody_validated_is_not_paired_with_another_networks_va
     assert "val/acc" not in last
     assert "val/acc" in best
     assert last["test/loss"] != best["test/loss"]
-
-
-def test_the_csv_logger_gets_the_same_metrics_at_the_same_steps(run_cli: RunCLI) -> None:
-    settings = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--test_weights=last"]
-    assert run_cli("fit", *settings) == 0
-    assert run_cli("fit", *settings, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv") == 0
-    with Path("csv/lightning_logs/version_0/metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    tags = set(events(RUN).Tags()["scalars"])
-    assert rows[0].keys() == tags | {"step"}
-    for tag in tags:
-        logged = {int(row["step"]): float(row[tag]) for row in rows if row[tag]}
-        assert logged == pytest.approx({event.step: event.value for event in events(RUN).Scalars(tag)}, rel=1e-4)

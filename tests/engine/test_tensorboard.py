@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from conftest import RunCLI, events
 from torch import Tensor
@@ -70,27 +69,10 @@ class Misfit(MNISTClassifier):
         self.example_input_array = torch.zeros(1, 3)
 
 
-class Dictionary(MNISTClassifier):
-    def forward(self, images: Tensor) -> Any:
-        return {"logits": super().forward(images)}
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0])["logits"], batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val/loss", self.training_step(batch, batch_idx))
-
-
-class Compiled(MNISTClassifier):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.mlp.compile(backend="eager")
-
-
 @pytest.mark.figures
 @pytest.mark.parametrize(
     ("kind", "has_graph"),
-    [(MNISTClassifier, True), (Images, True), (Misfit, False), (Dictionary, False), (Compiled, False)],
+    [(MNISTClassifier, True), (Images, True), (Misfit, False)],
 )
 def test_a_graph_never_ends_a_run(
     run_cli: RunCLI, capsys: pytest.CaptureFixture[str], kind: type[MNISTClassifier], has_graph: bool
