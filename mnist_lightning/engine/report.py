@@ -20,12 +20,20 @@ from .data import DeviceDataModule
 from .hooks import name_of
 from .runs import run_directory
 
+# The tutorial's words for these metrics; others are printed by their names.
+WORDS = {
+    "val/loss": "validation loss: {:.2f}",
+    "val/acc": "validation accuracy: {:.1%}",
+    "test/loss": "test loss: {:.2f}",
+    "test/acc": "test accuracy: {:.1%}",
+}
+
 
 class Report(pl.Callback):
     """Prints the tutorial's lines, logs what TensorBoard's HParams tab compares, and writes `results.json`.
 
-    Where the module logs `train/loss` and `train/acc`, it prints them. It keeps the curves' points as rows
-    `[iteration, loss, accuracy]`, iterations counted from 1; checkpoints carry them along.
+    Where the module logs `train/loss` and `train/acc`, it prints them; of validation and test, whatever is logged. It
+    keeps the curves' points as rows `[iteration, loss, accuracy]`, iterations counted from 1, also in checkpoints.
     """
 
     hooks_every_n_steps = 0
@@ -37,24 +45,25 @@ class Report(pl.Callback):
         self._loaded: tuple[int, str] | None = None  # iteration and dataset of the checkpoint that is tested
         self._resumes_from = 0, 0  # epochs and iterations
         self.has_begun = False  # training has, in this process
-        self._seconds_of_resumed_runs = 0.0
-        self._started: float | None = None
-        self._stale: dict[str, Any] = {}  # metrics from before this epoch
+        self._seconds_of_resumed_runs, self._started = 0.0, 0.0
+        self._before: dict[str, Any] = {}  # metrics from before this epoch or validation
+        self._validated: tuple[int, dict[str, float]] = 0, {}  # iteration and metrics of the last validation
 
     @property
     def train_seconds(self) -> float:
         """Seconds spent in the fit loop, with validation, also of the runs that were resumed."""
-        running = 0 if self._started is None else time.perf_counter() - self._started
-        return self._seconds_of_resumed_runs + running
+        return self._seconds_of_resumed_runs + (time.perf_counter() - self._started if self._started else 0)
 
     def iteration(self, trainer: pl.Trainer) -> int:
         """Optimizer steps behind the weights: of the checkpoint that was loaded to test it, or of this run."""
         return self._loaded[0] if self._loaded else trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train": self.train, "val": self.val, "train_seconds": self.train_seconds, "dataset": self._dataset}
+        state = {"train_seconds": self.train_seconds, "dataset": self._dataset, "validated": self._validated}
+        return state | {"train": self.train, "val": self.val}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validated = state_dict["validated"]
         # Testing the best checkpoint after a fit must not forget the epochs that came after it.
         if not self.has_begun:
             self.train, self.val = state_dict["train"], state_dict["val"]
@@ -94,29 +103,33 @@ class Report(pl.Callback):
         tensorboard.log_settings(trainer, {**pl_module.hparams, **data_settings(trainer)})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stale = {name: trainer.callback_metrics.get(name) for name in ("train/loss", "train/acc")}
+        self._before = dict(trainer.callback_metrics)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
         is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
-        metrics = trainer.callback_metrics if is_due else {}  # each look at them waits for a GPU
-        is_stale = any(value is metrics.get(name) for name, value in self._stale.items())
-        if is_due and not is_stale and (measured := _metrics(trainer, "train")):
-            self.train.append([iteration, *measured])
-            say(f"iter {iteration}: Loss={measured[0]:.2f}, Training Accuracy={measured[1]:.1%}")
+        metrics = self._new_metrics(trainer, "train/") if is_due else {}
+        if {"train/loss", "train/acc"} <= metrics.keys():
+            self.train.append([iteration, metrics["train/loss"], metrics["train/acc"]])
+            say("iter {}: Loss={:.2f}, Training Accuracy={:.1%}".format(*self.train[-1]))
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or (measured := _metrics(trainer, "val")) is None:
+        if trainer.sanity_checking:
             return
-        self.val.append([self.iteration(trainer), *measured])
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        line = f"validation loss: {measured[0]:.2f}, validation accuracy: {measured[1]:.1%}"
-        say(f"Epoch: {trainer.current_epoch + 1}, {line}" if fitting else line.capitalize())
+        iteration, metrics = self._validated = self.iteration(trainer), self._new_metrics(trainer)
+        if {"val/loss", "val/acc"} <= metrics.keys():
+            self.val.append([iteration, metrics["val/loss"], metrics["val/acc"]])
+        _say_metrics(metrics, f"Epoch: {trainer.current_epoch + 1}, " * (trainer.state.fn == TrainerFn.FITTING))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seconds_of_resumed_runs, self._started = self.train_seconds, None
-        self._write_results(trainer)
+        if any(isinstance(each, StochasticWeightAveraging) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            self._validated = 0, {}  # it has put an average in the place of the weights that were validated
+        self._seconds_of_resumed_runs, self._started = self.train_seconds, 0
+        self._write_results(trainer, {})
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -127,27 +140,31 @@ class Report(pl.Callback):
         pl_module.log("step", float(max(0, self.iteration(trainer) - 1)), sync_dist=True)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if measured := _metrics(trainer, "test"):
-            say(f"Test loss: {measured[0]:.2f}, test accuracy: {measured[1]:.1%}")
-        self._write_results(trainer)
+        metrics = self._new_metrics(trainer)
+        _say_metrics(metrics)
+        self._write_results(trainer, metrics)
 
-    def _write_results(self, trainer: pl.Trainer) -> None:
+    def _new_metrics(self, trainer: pl.Trainer, prefix: str = "") -> dict[str, float]:
+        """What was logged since the epoch or the validation began, of some names: to look at each waits for a GPU."""
+        before, metrics = self._before, trainer.callback_metrics
+        names = [name for name in metrics if name.startswith(prefix) and metrics[name] is not before.get(name)]
+        twice = {f"{name}_epoch" for name in names}  # what is also logged by the step
+        # Six digits: more would show the rounding of the float32 mean.
+        return {name: round(metrics[name].item(), 6) for name in names if name not in twice | {"step"}}
+
+    def _write_results(self, trainer: pl.Trainer, tested: dict[str, float]) -> None:
         """Write what is known by now, after training and again after a test."""
         if (folder := run_directory(trainer)) is None:
             return
         iteration, dataset = self._loaded or (trainer.global_step, data_name(trainer))
-        # Validation of the very weights that are tested, on the same dataset. (This callback averages at the end.)
-        averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        counts = dataset == data_name(trainer) and (self._loaded or not averages)
-        validated = [(loss, acc) for at, loss, acc in self.val if counts and at == iteration]
         results: dict[str, Any] = {"dataset": data_name(trainer), "seed": data_settings(trainer).get("seed")}
         results |= {"iterations": trainer.global_step or iteration, "train_seconds": round(self.train_seconds, 3)}
         results |= {"device": trainer.strategy.root_device.type, "precision": str(trainer.precision)}
         results |= {"threads": torch.get_num_threads(), "processes": trainer.world_size}
-        if validated:
-            results |= dict(zip(("val/loss", "val/acc"), validated[-1], strict=True))
-        if tested := _metrics(trainer, "test"):
-            results |= dict(zip(("test/loss", "test/acc"), tested, strict=True))
+        # The validation of the very weights that are tested, if it was on the same dataset.
+        if dataset == data_name(trainer) and iteration == self._validated[0]:
+            results |= self._validated[1]
+        results |= tested
         results["versions"] = {"python": platform.python_version()}
         for name in ("torch", "torchvision", "lightning", PROGRAM.replace("_", "-")):  # what decides a run's results
             with contextlib.suppress(PackageNotFoundError):
@@ -167,14 +184,11 @@ def data_settings(trainer: pl.Trainer) -> dict[str, Any]:
     return dict(data.hparams) if data else {}
 
 
-def _metrics(trainer: pl.Trainer, split: str) -> tuple[float, float] | None:
-    """Loss and accuracy of a split, where the module logs them."""
-    names, metrics = (f"{split}/loss", f"{split}/acc"), trainer.callback_metrics
-    if not set(names) <= metrics.keys():
-        return None
-    # Six digits: more would show the rounding of the float32 mean.
-    loss, acc = (round(metrics[name].item(), 6) for name in names)
-    return loss, acc
+def _say_metrics(metrics: dict[str, float], start: str = "") -> None:
+    parts = [WORDS[name].format(value) if name in WORDS else f"{name}: {value:.3g}" for name, value in metrics.items()]
+    line = start + ", ".join(parts)
+    if parts:
+        say(line[0].upper() + line[1:] if WORDS.keys() & metrics else line)
 
 
 def _how(trainer: pl.Trainer, module: pl.LightningModule) -> str:

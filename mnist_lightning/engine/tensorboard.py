@@ -49,10 +49,11 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def log_graph(self, model: Any, input_array: Any = None) -> None:
         """Draw the network's graph from the module's `example_input_array`, if it has one that fits."""
-        if input_array is None and model.example_input_array is not None:
-            input_array = model.trainer.precision_plugin.convert_input(model.example_input_array)
+        if input_array is None and model.example_input_array is None:
+            return
         with say_if_it_fails("No graph in TensorBoard"):
-            super().log_graph(model, input_array)
+            example = model.trainer.precision_plugin.convert_input(model.example_input_array)
+            super().log_graph(model, example if input_array is None else input_array)
 
     def discard(self) -> None:
         """Remove the directory, if it was made here: its run has not begun."""

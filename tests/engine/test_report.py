@@ -15,22 +15,38 @@ from mnist_lightning.engine.report import Report
 RUN = Path("lightning_logs/version_0")
 
 
-class OnlyTestLoss(Foreign):
-    """It measures no accuracy, as a regression does."""
+class OtherNames(MNISTClassifier):
+    """Lightning's own names, some by the step and by the epoch; no accuracy, as a regression has none."""
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("test/loss", self.loss(batch))
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.measure(batch)[1]
+        self.log("train_loss", loss, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("valid_loss", self.measure(batch)[1], on_step=True)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.log_dict({"test_loss": self.measure(batch)[1], "step_size": 3.0})
 
 
-def test_a_module_without_accuracies_and_a_loader_that_is_given_to_fit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("weights", ["best", "last"])
+def test_metrics_of_any_name_are_printed_and_kept(
+    run_cli: RunCLI, capsys: pytest.CaptureFixture[str], weights: str
 ) -> None:
-    run = fit(Trainer, tmp_path / "run", OnlyTestLoss, loader, lambda: [Report()], {})
-    run.trainer.test(run.module, loader(shuffle=False), verbose=False)
-    assert "test/loss" in run.trainer.callback_metrics
-    found = results(tmp_path / "run")
-    assert found["iterations"] == 22
-    assert "test/acc" not in found
+    settings = ["--trainer.max_epochs=2", "--monitor=valid_loss", "--mode=min", f"--test_weights={weights}"]
+    assert run_cli("fit", *settings, classes=(OtherNames,)) == 0
+    said, found = capsys.readouterr().out, results(RUN)
+    assert [*found][8:-1] == ["valid_loss", "test_loss", "step_size"]
+    assert f"\nEpoch: 2, valid_loss: {found['valid_loss']:.3g}\n" in said
+    assert f"\ntest_loss: {found['test_loss']:.3g}, step_size: 3\n" in said
+    assert run_cli("validate", "--ckpt_path=best", classes=(OtherNames,)) == 0
+    assert f"\nvalid_loss: {found['valid_loss']:.3g}\n" in capsys.readouterr().out
+
+
+def test_a_loader_that_is_given_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Trainer, tmp_path / "run", Foreign, loader, lambda: [Report()], {})
+    assert results(tmp_path / "run")["iterations"] == 22
     assert re.match(r"Training on the given loader; 123 parameters on cpu, \d", capsys.readouterr().out)
 
 
