@@ -181,8 +181,8 @@ def test_pixels_and_constant_add_up_to_the_logits(page: "Page", root: Path, mlp:
         expected, expected_constants = interpretation.attributions(
             mlp, image.repeat(len(class_weights), 1), torch.tensor(class_weights)
         )
-        torch.testing.assert_close(points, expected, rtol=0, atol=1e-4)
-        torch.testing.assert_close(constants, expected_constants, rtol=0, atol=1e-4)
+        torch.testing.assert_close(points.float(), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(constants.float(), expected_constants, rtol=0, atol=1e-4)
 
 
 def test_shows_attributions(page: "Page") -> None:
