@@ -59,8 +59,7 @@ class MNISTClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pixels, (B, 784) floats in [0, 1], to logits, (B, 10)."""
-        logits: Tensor = self.mlp(images)
-        return logits
+        return self.mlp(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a minibatch, a scalar; Lightning does the backward pass and the optimizer's step."""
@@ -86,8 +85,7 @@ class MNISTClassifier(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the probabilities, (B, 10), of a minibatch's images; its labels are not used."""
-        probabilities: Tensor = self(batch[0]).softmax(dim=1)
-        return probabilities
+        return self(batch[0]).softmax(dim=1)
 
     def measure(self, batch: Batch, **settings: str | float) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits, (B, 10), the loss, by default a mean, and whether each label is predicted, (B,)."""

@@ -37,5 +37,4 @@ class MLP(nn.Module):
         """Map pixels, (B, 784) floats in [0, 1], to logits, (B, 10)."""
         hidden = F.relu(self.hidden(images))  # max(0, W x + b): (B, 200)
         hidden = self.dropout(hidden)
-        logits: Tensor = self.output(hidden)  # no activation: the loss takes logits and applies the softmax itself
-        return logits
+        return self.output(hidden)  # no activation: the loss takes logits and applies the softmax itself
