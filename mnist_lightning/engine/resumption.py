@@ -122,7 +122,8 @@ class FitLoop(_FitLoop):
             self._combined_loader_states_to_load = []
         now = self._states()
         made_from = loaded.get("before_epoch") or now
-        if is_stateful or (loaded and made_from != self.before_epoch):
+        # The first one was made before Lightning told the sampler its epoch: its issue 21938.
+        if is_stateful or self.trainer.current_epoch > 0:
             self._restore_states(made_from)
             iter(batches)
             self._after_iter = self._states()
