@@ -23,7 +23,7 @@ EDITS = {
     "a print": (LOSS, f"{PRINT}{LOSS}"),
     "a loss by the epoch": (LOSS, "        return loss * (2 if self.current_epoch > 0 else 1)\n"),
     "a loss by the batch": (LOSS, "        return loss * (1 + batch_idx % 3)\n"),
-    "another forward": ("logits: Tensor = self.mlp(images)", "logits: Tensor = self.mlp(1 - images)"),
+    "another forward": ("self.mlp(images)", "self.mlp(1 - images)"),
     "a hook": (VALIDATION, f"    def on_after_backward(self) -> None:\n{PRINT}\n{VALIDATION}"),
 }
 

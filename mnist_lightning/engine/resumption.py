@@ -123,7 +123,7 @@ class FitLoop(_FitLoop):
         now = self._states()
         made_from = loaded.get("before_epoch") or now
         # The first one was made before Lightning told the sampler its epoch: its issue 21938.
-        if is_stateful or self.trainer.current_epoch > 0:
+        if is_stateful or (loaded and self.trainer.current_epoch > 0):
             self._restore_states(made_from)
             iter(batches)
             self._after_iter = self._states()

@@ -217,7 +217,8 @@ def fit_in_process(directory: Path, rank: int, port: int, trainer_class: Any, ck
         **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
     )
     # The worker draws the first indices as it starts: they must be of the sampler's right epoch.
-    module, data = Foreign(), DataLoader(loader().dataset, 4, shuffle=True, num_workers=1)
+    worker: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "fork"}
+    module, data = Foreign(), DataLoader(loader().dataset, 4, shuffle=True, **worker)
     trainer.fit(module, data, ckpt_path=ckpt_path)
     left = {"weights": module.state_dict(), "metrics": dict(trainer.callback_metrics), "step": trainer.global_step}
     if rank == 0:
