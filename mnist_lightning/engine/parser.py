@@ -54,11 +54,12 @@ class Parser(jsonargparse.ArgumentParser):
 def one_line(message: str) -> str:
     """jsonargparse's message in one line, with one of the errors where a value is of none of several types."""
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", re.sub(r'^Parser key "(.*?)":', r"\1:", message))
-    if union := re.match(r"(?s)([\w.]+:\s|).*?\n *Errors:(\n *- )(.*)\n *Given value type:", message):
-        setting, bullet, errors = union.groups()
+    union = re.match(r"(?s)([\w.]+:\s|).*?\n *Errors:(\n *- )(.*)\n *Given value type:.*\n *Given value: (.*)", message)
+    if union:
+        setting, bullet, errors, value = union.groups()
         # The one that says more than which type was expected, if there is one.
         telling = [each for each in errors.split(bullet) if not VAGUE.match(each) or "Got value" in each]
-        message = setting + (one_line(telling[0]) if telling else errors.replace(bullet, " or "))
+        message = setting + (one_line(telling[0]) if telling else f"{errors.replace(bullet, ' or ')} (given: {value})")
     return " ".join(message.split())
 
 

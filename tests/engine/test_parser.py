@@ -82,7 +82,7 @@ def test_wrong_config_files(parser: Parser, tmp_path: Path, content: bytes, said
         ("--data.size=0", "data.size: Not of type PositiveInt: does not conform to restriction v>0"),
         ("--data.shape=maybe", "data.shape: Expected a bool or Expected a dot import path string: maybe"),
         ("--data.shape.rotation=far", "data.shape: rotation: Expected a float. Got value: far"),
-        ("--data.shape.names=x", "data.shape: names: Expected a list or Expected a NoneType"),
+        ("--data.shape.names=x", "data.shape: names: Expected a list or Expected a NoneType (given: x)"),
     ],
 )
 def test_a_wrong_setting_is_said_in_one_line(parser: Parser, argument: str, said: str) -> None:
