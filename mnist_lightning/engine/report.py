@@ -32,8 +32,8 @@ WORDS = {
 class Report(pl.Callback):
     """Prints the tutorial's lines, logs what TensorBoard's HParams tab compares, and writes `results.json`.
 
-    Where the module logs `train/loss` and `train/acc`, it prints them; of validation and test, whatever is logged. It
-    keeps the curves' points as rows `[iteration, loss, accuracy]`, iterations counted from 1, also in checkpoints.
+    It prints whatever the module logs. Of `train/loss` and `train/acc`, `val/loss` and `val/acc` it keeps the curves'
+    points as rows `[iteration, loss, accuracy]`, iterations counted from 1, also in checkpoints.
     """
 
     hooks_every_n_steps = 0
@@ -96,7 +96,7 @@ class Report(pl.Callback):
             say(f"Resuming {trainer.ckpt_path} after iteration {iteration:,}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.has_begun, self._started = True, time.perf_counter()
+        self.has_begun, self._started, self._printed = True, time.perf_counter(), trainer.global_step
         if trainer.ckpt_path:
             # Not earlier: a run that cannot be resumed keeps its curves.
             tensorboard.purge_after(trainer)
@@ -108,11 +108,14 @@ class Report(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         iteration, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Where gradients are accumulated, several batches have one iteration.
-        is_due = every and iteration % every == 0 and iteration > (self.train[-1][0] if self.train else 0)
-        metrics = self._new_metrics(trainer, "train/") if is_due else {}
+        if not every or iteration % every or iteration == self._printed:
+            return
+        metrics, self._printed = self._new_metrics(trainer), iteration
         if {"train/loss", "train/acc"} <= metrics.keys():
             self.train.append([iteration, metrics["train/loss"], metrics["train/acc"]])
             say("iter {}: Loss={:.2f}, Training Accuracy={:.1%}".format(*self.train[-1]))
+        else:
+            _say_metrics(metrics, f"iter {iteration}: ")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before = dict(trainer.callback_metrics)
@@ -121,6 +124,7 @@ class Report(pl.Callback):
         if trainer.sanity_checking:
             return
         iteration, metrics = self._validated = self.iteration(trainer), self._new_metrics(trainer)
+        self._before = dict(trainer.callback_metrics)
         if {"val/loss", "val/acc"} <= metrics.keys():
             self.val.append([iteration, metrics["val/loss"], metrics["val/acc"]])
         _say_metrics(metrics, f"Epoch: {trainer.current_epoch + 1}, " * (trainer.state.fn == TrainerFn.FITTING))
@@ -144,13 +148,13 @@ class Report(pl.Callback):
         _say_metrics(metrics)
         self._write_results(trainer, metrics)
 
-    def _new_metrics(self, trainer: pl.Trainer, prefix: str = "") -> dict[str, float]:
-        """What was logged since the epoch or the validation began, of some names: to look at each waits for a GPU."""
-        before, metrics = self._before, trainer.callback_metrics
-        names = [name for name in metrics if name.startswith(prefix) and metrics[name] is not before.get(name)]
-        twice = {f"{name}_epoch" for name in names}  # what is also logged by the step
-        # Six digits: more would show the rounding of the float32 mean.
-        return {name: round(metrics[name].item(), 6) for name in names if name not in twice | {"step"}}
+    def _new_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        """What the module has logged since the epoch or the validation began, to look at which waits for a GPU."""
+        new = {name: x for name, x in trainer.callback_metrics.items() if x is not self._before.get(name)}
+        left_out = {"step", *(f"{name}_{by}" for name in new for by in ("step", "epoch"))}  # which repeat `name`
+        # Without LearningRateMonitor's. Six digits: more would show the rounding of the float32 mean.
+        shown = [name for name in new if name not in left_out and not name.startswith("lr-")]
+        return {name: round(new[name].item(), 6) for name in shown}
 
     def _write_results(self, trainer: pl.Trainer, tested: dict[str, float]) -> None:
         """Write what is known by now, after training and again after a test."""

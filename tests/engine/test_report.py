@@ -35,9 +35,10 @@ def test_metrics_of_any_name_are_printed_and_kept(
     run_cli: RunCLI, capsys: pytest.CaptureFixture[str], weights: str
 ) -> None:
     settings = ["--trainer.max_epochs=2", "--monitor=valid_loss", "--mode=min", f"--test_weights={weights}"]
-    assert run_cli("fit", *settings, classes=(OtherNames,)) == 0
+    assert run_cli("fit", *settings, "--trainer.log_every_n_steps=10", classes=(OtherNames,)) == 0
     said, found = capsys.readouterr().out, results(RUN)
     assert [*found][8:-1] == ["valid_loss", "test_loss", "step_size"]
+    assert re.findall(r"(?m)^iter (\d+): train_loss: [\d.]+$", said) == ["10", "20"]
     assert f"\nEpoch: 2, valid_loss: {found['valid_loss']:.3g}\n" in said
     assert f"\ntest_loss: {found['test_loss']:.3g}, step_size: 3\n" in said
     assert run_cli("validate", "--ckpt_path=best", classes=(OtherNames,)) == 0
@@ -70,7 +71,8 @@ def test_an_accuracy_of_the_last_epoch_is_not_taken_for_that_of_an_iteration(
 ) -> None:
     settings = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--model.hidden_dim=8"]
     assert run_cli("fit", *settings, classes=(ByTheEpoch,)) == 0
-    assert "iter " not in capsys.readouterr().out
+    printed = re.findall(r"(?m)^iter (\d+): train/loss: [\d.]+$", out := capsys.readouterr().out)
+    assert (printed, out.count("iter ")) == (["5", "10", "15", "20"], 4)
     assert steps(RUN, "train/loss") == [4, 9, 14, 19]
     assert len(steps(RUN, "train/acc")) == 2
 
