@@ -204,7 +204,3 @@ def _network(ckpt_path: str, runs: str) -> tuple["MLP", str]:
     trained_on = printable(f"{dataset}, {checkpoint['global_step']:,} iterations")
     say(printable(f"Weights: {path}, trained on {trained_on}"))
     return mlp, trained_on
-
-
-if __name__ == "__main__":
-    raise SystemExit("run `python -m mnist_lightning`")
