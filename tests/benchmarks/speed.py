@@ -9,8 +9,7 @@
 
 All contestants train on the same 55,000 images with the same recipe, each on one thread in a process of its own. They
 take turns, an epoch each, so that a machine that gets slower gets slower for all. Then each reads the test set, so that
-nobody is fast by doing less. JAX takes part where it is installed. The last column is the anonymous memory after
-training above that from before it.
+nobody is fast by doing less. The last column is the anonymous memory after training above that from before it.
 """
 
 import argparse
@@ -24,12 +23,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
 import lightning.pytorch as pl
 import torch
@@ -186,21 +182,6 @@ def lightning_as_documented(turns: Turns, data: MNISTDataModule) -> float:
     return test_accuracy(model, data.test)
 
 
-def jax_scan(turns: Turns, data: MNISTDataModule) -> float:
-    """An epoch as one compiled `lax.scan`."""
-    import jax
-    import jax_scan as script
-
-    train, test = (
-        [jax.numpy.asarray(tensor.numpy()) for tensor in as_floats(split)] for split in (data.train, data.test)
-    )
-    state, run_epoch = script.training(*train)
-    for epoch in range(turns.epochs):
-        with turns.take():
-            state = jax.block_until_ready(run_epoch(state, epoch))
-    return script.accuracy(state, *test)
-
-
 def contest(
     pipe: Connection, contestant: Callable[..., float], settings: dict[str, Any], options: argparse.Namespace
 ) -> None:
@@ -267,8 +248,6 @@ def compare(options: argparse.Namespace) -> None:
     }
     if options.dataset == "mnist":  # which torchvision reads
         contestants["Lightning as documented"] = lightning_as_documented, {}
-    if find_spec("jax"):
-        contestants["JAX, one `lax.scan` an epoch"] = jax_scan, {}
     seconds, found = in_turns(contestants, options)
     print("\n| | seconds an epoch | of the reference | test accuracy | MB of memory |\n| --- | --- | --- | --- | --- |")
     base, *_ = seconds.values()

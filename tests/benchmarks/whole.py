@@ -8,11 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-SCRIPTS = Path(__file__).parent
+SCRIPT = Path(__file__).with_name("plain.py")
 FIT = [sys.executable, "-u", "-m", "mnist_lightning", "fit"]
 FUSED = "--model.fused=true"
 
@@ -21,15 +20,17 @@ PARTS = {"start": "Training on ", "training": "Epoch: 10,", "test": "Test loss",
 
 
 def whole(options: argparse.Namespace) -> None:
-    """`fit` with validation, figures, curves, checkpoints and results, beside scripts that only train and test.
+    """`fit` with validation, figures, curves, checkpoints and results, beside a script that only trains and tests.
 
-    Each as its users run it: `fit` on one thread, the scripts on as many as their libraries take. Processor time is
+    Each as its users run it: `fit` on one thread, the script on as many as PyTorch takes. Processor time is
     user and system time, of the process and its children.
     """
     root = str(Path(options.root).resolve())
-    scripts = {"bare PyTorch script (reference)": "plain.py"} | ({"JAX": "jax_scan.py"} if find_spec("jax") else {})
-    commands = {name: [sys.executable, str(SCRIPTS / script), root, "10"] for name, script in scripts.items()}
-    commands |= {"`fit`": [*FIT, f"--data.root={root}"], f"`fit {FUSED}`": [*FIT, f"--data.root={root}", FUSED]}
+    commands = {
+        "bare PyTorch script (reference)": [sys.executable, str(SCRIPT), root, "10"],
+        "`fit`": [*FIT, f"--data.root={root}"],
+        f"`fit {FUSED}`": [*FIT, f"--data.root={root}", FUSED],
+    }
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(options.rounds):
         for name, command in commands.items():
