@@ -5,17 +5,21 @@ import os
 # Before PyTorch is loaded: idle threads of one test would otherwise spin on the core that another test needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import contextlib
 import errno
 import fcntl
+import io
 import json
 import multiprocessing
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import pytest
 import torch
@@ -38,21 +42,11 @@ VAL_SIZE = 200  # leaves 1,050 training digits: 11 minibatches of 100, the last 
 
 RunCLI = Callable[..., int]
 Start = Callable[..., BaseProcess]
+Fork: TypeAlias = ForkServerContext
 Found = TypeVar("Found")
 
-# Processes that have the libraries imported already, this file's too: a run starts in a second, not in seven.
-fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(
-    [
-        "mnist_lightning.engine.cli",
-        "mnist_lightning.figures",
-        "torch.utils.tensorboard",
-        "tensorboard.backend.event_processing.event_accumulator",
-        "matplotlib.figure",
-        "pytest",
-        "torchvision.datasets",
-    ]
-)
+SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=17", "--test_after_fit=false"]
+RUN = Path("lightning_logs/version_0")
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +154,18 @@ def run_cli(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunC
     return run
 
 
+@pytest.fixture
+def short_run(run_cli: RunCLI, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `SHORT` in the working directory, trained once for all tests."""
+    kept = tmp_path_factory.getbasetemp() / "short_run"
+    if not kept.exists():
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert run_cli("fit", *SHORT) == 0
+        (tmp_path / "lightning_logs").rename(kept)
+    shutil.copytree(kept, tmp_path / "lightning_logs")
+    return RUN
+
+
 @pytest.fixture(autouse=True)
 def _blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "figures" not in request.keywords:
@@ -260,8 +266,31 @@ def run_in_process(directory: Path, arguments: list[str], output_name: str, envi
     sys.exit(main())
 
 
+@pytest.fixture(scope="session")
+def fork() -> Fork:
+    """Makes processes that have the libraries imported already: a run starts in a second, not in seven."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "mnist_lightning.engine.cli",
+            "mnist_lightning.figures",
+            "torch.utils.tensorboard",
+            "tensorboard.backend.event_processing.event_accumulator",
+            "matplotlib.figure",
+            "pytest",
+            "torchvision.datasets",
+        ]
+    )
+    return context
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First those that fork: one of pytest's workers gets them all, and imports the libraries for its forks once."""
+    items.sort(key=lambda item: "fork" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(fork: Fork) -> Iterator[Start]:
     """Start the command line in a process of its own, its output in `output.txt`."""
     started = []
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, RunCLI, events, prepare
+from conftest import RUN, SMALL, RunCLI, events, prepare
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
@@ -24,7 +24,6 @@ from mnist_lightning.digits import plots
 from mnist_lightning.digits.predictions import PredictionWriter
 from mnist_lightning.figures import Figures
 
-RUN = Path("lightning_logs/version_0")
 Grids = dict[str, tuple[Tensor, list[str]]]
 
 

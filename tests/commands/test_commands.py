@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, VAL_SIZE, RunCLI, prepare, results, steps
+from conftest import RUN, SMALL, VAL_SIZE, RunCLI, prepare, results, steps
 
 from mnist_lightning import MNISTClassifier, MNISTDataModule, commands
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / ".github/assets/misclassified.png"
-SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=8", "--test_after_fit=false"]
-RUN = Path("lightning_logs/version_0")
 
 WRONG = {
     "fit --data.val_size=60000": "data.val_size must be 1 to 1,249 of the training file, not 60,000",
@@ -151,16 +149,14 @@ def test_best_and_last_mean_the_newest_run(run_cli: RunCLI, capsys: pytest.Captu
 
 
 def test_a_test_says_what_was_trained_on_what(
-    run_cli: RunCLI, fake_mnist: Path, capsys: pytest.CaptureFixture[str]
+    run_cli: RunCLI, short_run: Path, fake_mnist: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_cli("fit", "--trainer.max_epochs=1") == 0
     mnist = ["--data.dataset=mnist", f"--data.root={fake_mnist}", "--data.val_size=200"]
-    capsys.readouterr()
     assert run_cli("test", "--ckpt_path=best", *mnist, data=False) == 0
-    best = RUN / "checkpoints/best.ckpt"
+    best = short_run / "checkpoints/best.ckpt"
     weights = f"Weights of iteration 11, trained on synthetic digits (not MNIST): {best}"
     assert capsys.readouterr().out.splitlines()[:2] == [weights, "Reading MNIST"]
-    run = RUN.with_name("version_1")
+    run = short_run.with_name("version_1")
     found = results(run)
     assert (found["dataset"], found["iterations"]) == ("MNIST", 11)
     assert "val/acc" not in found

@@ -1,6 +1,7 @@
 """`fit`: the contract of a run's directory, and the same bits as a plain loop with the same recipe."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import VAL_SIZE, RunCLI, assert_the_same, events, load, results, slow, steps
+from conftest import RUN, SHORT, VAL_SIZE, RunCLI, assert_the_same, events, load, results, slow, steps
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -18,8 +19,7 @@ from mnist_lightning.distortions import Distortions
 from mnist_lightning.model import MLP
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RUN, SECOND = Path("lightning_logs/version_0"), Path("lightning_logs/version_1")
-SHORT = ["--model.hidden_dim=8", "--test_after_fit=false"]
+SECOND = RUN.with_name("version_1")
 
 
 def test_a_run_keeps_its_contract(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ PATIENT = [
 def test_a_run_that_early_stopping_ended_is_done_and_can_go_on_without_it(
     run_cli: RunCLI, capsys: pytest.CaptureFixture[str], interval: list[str]
 ) -> None:
-    settings = ["--trainer.max_epochs=4", *SHORT, *interval]
+    settings = [*SHORT, "--trainer.max_epochs=4", *interval]
     assert run_cli("fit", *settings) == 0
     assert run_cli("fit", *settings, *PATIENT) == 0
     last = SECOND / "checkpoints/last.ckpt"
@@ -122,18 +122,16 @@ def test_a_run_that_early_stopping_ended_is_done_and_can_go_on_without_it(
 
 
 def test_resuming_a_run_of_another_place_leaves_the_runs_here_alone(
-    run_cli: RunCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_cli: RunCLI, short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("here", "there"):
-        (tmp_path / place).mkdir()
-        monkeypatch.chdir(tmp_path / place)
-        assert run_cli("fit", "--trainer.max_epochs=1", *SHORT) == 0
-    before = (RUN / "checkpoints/last.ckpt").read_bytes()
-    other = tmp_path / "here" / RUN / "checkpoints/last.ckpt"
-    unbeatable = load(tmp_path / "here" / RUN)
+    shutil.copytree("lightning_logs", "there/lightning_logs")
+    before = (tmp_path / "there" / RUN / "checkpoints/last.ckpt").read_bytes()
+    other = tmp_path / RUN / "checkpoints/last.ckpt"
+    unbeatable = load(tmp_path / RUN)
     unbeatable["callbacks"]["BestAndLast"]["best"] = 1.0
     torch.save(unbeatable, other)
-    assert run_cli("fit", "--trainer.max_epochs=2", *SHORT, f"--ckpt_path={other}") == 0
+    monkeypatch.chdir(tmp_path / "there")
+    assert run_cli("fit", *SHORT, "--trainer.max_epochs=2", f"--ckpt_path={other}") == 0
     assert (RUN / "checkpoints/last.ckpt").read_bytes() == before
     assert load(SECOND)["global_step"] == load(SECOND, "best")["global_step"] == 22
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from conftest import RunCLI, Start, assert_the_same, events, load, newest_run, slow, small, wait_for
+from conftest import RUN, RunCLI, Start, assert_the_same, events, load, newest_run, slow, small, wait_for
 from engine.test_checkpoints import at_iteration, stop
 
 from mnist_lightning import MNISTClassifier
 from mnist_lightning.engine.data import DeviceLoader
 
-WHOLE, OTHER = Path("lightning_logs/version_0"), Path("lightning_logs/version_1")
+OTHER = RUN.with_name("version_1")
 
 WITHIN = ["--trainer.limit_train_batches=8", "--trainer.val_check_interval=4"]
 ACROSS = ["--trainer.val_check_interval=7", "--trainer.check_val_every_n_epoch=null"]
@@ -102,18 +102,18 @@ def test_a_signal_ends_training_with_the_command_that_resumes_it(
     process.join()
     *_, said, command = (tmp_path / "output.txt").read_text().splitlines()
     assert process.exitcode == 128 + signum
-    checkpoint = load(tmp_path / WHOLE)
+    checkpoint = load(tmp_path / RUN)
     assert said == f"Stopped and saved at iteration {checkpoint['global_step']:,}; to resume:"
-    assert (tmp_path / WHOLE / "unfinished").exists()
+    assert (tmp_path / RUN / "unfinished").exists()
 
     words = shlex.split(command)
     process = start(tmp_path, [*words[words.index("fit") :], f"--trainer.max_epochs={checkpoint['epoch'] + 2}"])
     process.join()
     output = (tmp_path / "output.txt").read_text()
     assert process.exitcode == 0, output
-    resumes = f"Resuming {WHOLE}/checkpoints/last.ckpt after iteration {checkpoint['global_step']:,}"
+    resumes = f"Resuming {RUN}/checkpoints/last.ckpt after iteration {checkpoint['global_step']:,}"
     assert output.splitlines()[1] == resumes
-    assert not (tmp_path / WHOLE / "unfinished").exists()
+    assert not (tmp_path / RUN / "unfinished").exists()
 
 
 class Slow(pl.Callback):
@@ -137,13 +137,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, root: Path, start: Start)
     assert time.monotonic() - started < 30
     assert process.exitcode == 130
     assert (tmp_path / "output.txt").read_text().splitlines()[-1] == "mnist_lightning: interrupted"
-    assert load(tmp_path / WHOLE)["global_step"] == 0
+    assert load(tmp_path / RUN)["global_step"] == 0
 
 
 def test_a_signal_within_a_test_ends_it(
-    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_cli: RunCLI, short_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
     monkeypatch.setattr(MNISTClassifier, "on_test_batch_start", stop)
     monkeypatch.setattr(DeviceLoader, "__len__", lambda _: 2)  # not the last batch
     assert run_cli("test", "--ckpt_path=last") == 128 + signal.SIGTERM
@@ -153,12 +152,12 @@ def test_a_signal_within_a_test_ends_it(
 def test_two_processes_do_not_resume_one_run(tmp_path: Path, root: Path, start: Start) -> None:
     first = start(tmp_path, [*small(root), "--trainer.max_epochs=10000"])
     wait_for(tmp_path, "lightning_logs/*/checkpoints/best.ckpt")
-    run = tmp_path / WHOLE
+    run = tmp_path / RUN
     config, files = (run / "config.yaml").read_text(), {path.name for path in run.iterdir()}
     second = start(tmp_path, [*small(root), "--ckpt_path=last", "--trainer.max_epochs=7"])
     second.join(60)
     assert second.exitcode == 1
-    assert f"another process is training in {WHOLE}" in (tmp_path / "output.txt").read_text()
+    assert f"another process is training in {RUN}" in (tmp_path / "output.txt").read_text()
     assert first.is_alive()
     assert (run / "config.yaml").read_text() == config
     added = {path.name for path in run.iterdir()} - files
@@ -178,10 +177,10 @@ def test_stopped_again_and_again(run_cli: RunCLI, name: str) -> None:
             continue  # a signal in an iteration without hooks is heeded after the next one
         with at_iteration(iteration, stop):
             assert run_cli("fit", *settings, *resume) in (0, 128 + signal.SIGTERM), iteration
-        assert load(OTHER)["global_step"] in (iteration, iteration + 1, load(WHOLE)["global_step"])
+        assert load(OTHER)["global_step"] in (iteration, iteration + 1, load(RUN)["global_step"])
         resume = ["--ckpt_path=last"]
     assert run_cli("fit", *settings, *resume) == 0
-    assert_the_same(WHOLE, OTHER)
+    assert_the_same(RUN, OTHER)
 
 
 @pytest.mark.parametrize("iteration", [21, 22])
@@ -196,7 +195,7 @@ def test_stopped_in_its_last_iterations_it_is_done(
     assert run_cli("fit", *settings, "--ckpt_path=last") == 0
     done = "This run is done, at iteration 22; to train longer, give a larger --trainer.max_epochs"
     assert capsys.readouterr().out.splitlines()[0] == done
-    assert_the_same(WHOLE, OTHER)
+    assert_the_same(RUN, OTHER)
 
 
 @pytest.mark.parametrize("iteration", [5, 16])
@@ -211,4 +210,4 @@ def test_resuming_takes_back_what_was_logged_after_the_checkpoint(run_cli: RunCL
         assert run_cli("fit", *settings) == 1
     assert load(OTHER)["global_step"] == (0 if iteration < 11 else 11)
     assert run_cli("fit", "--ckpt_path=last") == 0
-    assert_the_same(WHOLE, OTHER)
+    assert_the_same(RUN, OTHER)

@@ -1,15 +1,11 @@
 """A notebook: a real kernel trains and shows figures, and its `!python -m mnist_lightning` works."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from conftest import VAL_SIZE, slow
 from nbclient import NotebookClient
 
 TRAINS = """
@@ -50,13 +46,3 @@ def test_a_kernel_trains_and_shows(root: Path, tmp_path: Path) -> None:
     assert "Test loss: " in text(ran)
     assert "Figure: digits.png" in text(command)
     assert "Traceback" not in text(command)
-
-
-@pytest.mark.parametrize("backend", ["module://nowhere.backend_inline", slow("inlined")])
-def test_a_backend_that_is_not_here_does_not_matter(tmp_path: Path, root: Path, backend: str) -> None:
-    small = ["--data.dataset=synthetic", f"--data.root={root}", f"--data.val_size={VAL_SIZE}"]
-    command = [sys.executable, "-m", "mnist_lightning", "data", *small]
-    environment = os.environ | {"MPLBACKEND": backend}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "digits.png").exists()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, fork, prepare
+from conftest import SMALL, Fork, prepare
 from digits.test_idx import pack, rename
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
@@ -241,7 +241,9 @@ def get_mnist(root: Path, mirrors: list[str], resources: list[tuple[str, str]], 
     files.get("mnist", root)
 
 
-def test_a_killed_download_is_never_taken_for_a_finished_one(tmp_path: Path, serve: Callable[..., list[str]]) -> None:
+def test_a_killed_download_is_never_taken_for_a_finished_one(
+    tmp_path: Path, serve: Callable[..., list[str]], fork: Fork
+) -> None:
     process = fork.Process(target=get_mnist, args=(tmp_path / "new", serve(stall), MNIST.resources, files.MNIST_MD5))
     process.start()
     raw = tmp_path / "new/MNIST/raw"
@@ -255,7 +257,7 @@ def test_a_killed_download_is_never_taken_for_a_finished_one(tmp_path: Path, ser
     assert prepare("mnist", tmp_path / "new").dataset_name == "MNIST"
 
 
-def test_of_two_processes_at_once_one_downloads(tmp_path: Path, serve: Callable[..., list[str]]) -> None:
+def test_of_two_processes_at_once_one_downloads(tmp_path: Path, serve: Callable[..., list[str]], fork: Fork) -> None:
     asked = []
 
     def slowly(request: http.server.BaseHTTPRequestHandler, content: bytes) -> None:

@@ -43,10 +43,8 @@ def test_finds_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def trained(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> RunCLI:
+def trained(run_cli: RunCLI, short_run: Path) -> RunCLI:
     """The command line where there is a run, and whose data nobody needs."""
-    assert run_cli("fit", "--trainer.max_epochs=1", "--test_after_fit=false") == 0
-    capsys.readouterr()
     return partial(run_cli, data=False)
 
 

@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import RunCLI, assert_the_same, load, newest_run
+from conftest import RUN, SHORT, RunCLI, assert_the_same, load, newest_run
 
 from mnist_lightning import MNISTDataModule
-
-RUN = Path("lightning_logs/version_0")
-SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=8", "--test_after_fit=false"]
 
 # Settings of the data
 
@@ -69,7 +66,7 @@ def test_a_resumed_run_has_the_settings_of_its_config(run_cli: RunCLI) -> None:
     ("setting", "message"),
     [
         ("--model.learning_rate=0.5", "model.learning_rate is 0.5, but the checkpoint was trained with 0.001; leave"),
-        ("--model.hidden_dim=9", "model.hidden_dim is 9, but the checkpoint was trained with 8"),
+        ("--model.hidden_dim=9", "model.hidden_dim is 9, but the checkpoint was trained with 17"),
         ("--data.batch_size=50", "data.batch_size is 50, but the checkpoint was trained with 100"),
         ("--data.val_size=300", "data.val_size is 300, but the checkpoint was trained with 200"),
         ("--data.distortions=true", "data.distortions is {"),
@@ -78,15 +75,14 @@ def test_a_resumed_run_has_the_settings_of_its_config(run_cli: RunCLI) -> None:
     ],
 )
 def test_other_settings_are_refused_and_leave_the_run_as_it_was(
-    run_cli: RunCLI, capsys: pytest.CaptureFixture[str], setting: str, message: str
+    run_cli: RunCLI, short_run: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
 ) -> None:
-    assert run_cli("fit", *SHORT) == 0
-    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in short_run.rglob("*") if path.is_file()}
     assert run_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=2", setting) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-    left = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    left = {path: path.read_bytes() for path in short_run.rglob("*") if path.is_file()}
     assert {path for path in left if "tfevents" not in path.name} <= before.keys()
     assert {path: left[path] for path in before} == before
 
@@ -116,17 +112,15 @@ def test_auto_leaves_a_finished_run_alone(run_cli: RunCLI, capsys: pytest.Captur
     ],
 )
 def test_auto_resumes_the_run_with_the_same_model_data_and_seed(
-    run_cli: RunCLI, capsys: pytest.CaptureFixture[str], setting: str, is_resumed: bool
+    run_cli: RunCLI, short_run: Path, capsys: pytest.CaptureFixture[str], setting: str, is_resumed: bool
 ) -> None:
-    assert run_cli("fit", *SHORT, "--trainer.max_steps=4") == 0
-    (RUN / "unfinished").touch()  # as if power had failed before its test
-    capsys.readouterr()
+    (short_run / "unfinished").touch()  # as if power had failed before its test
     assert run_cli("fit", *SHORT, "--ckpt_path=auto", setting) == 0
     line = capsys.readouterr().out.splitlines()[0]
-    assert (line == f"ckpt_path auto: resumes {RUN}/checkpoints/last.ckpt") is is_resumed
-    assert (RUN / "unfinished").exists() is not is_resumed
-    assert load(RUN)["global_step"] == 4  # as its own config.yaml says
-    assert RUN.with_name("version_1").exists() is (not is_resumed and "root_dir" not in setting)
+    assert (line == f"ckpt_path auto: resumes {short_run}/checkpoints/last.ckpt") is is_resumed
+    assert (short_run / "unfinished").exists() is not is_resumed
+    assert load(short_run)["global_step"] == (22 if "max_epochs" in setting else 11)
+    assert short_run.with_name("version_1").exists() is (not is_resumed and "root_dir" not in setting)
 
 
 def test_auto_is_for_fit(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import RunCLI, events, load, results, steps
+from conftest import RUN, SHORT, RunCLI, events, load, results, steps
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.connectors import accelerator_connector
@@ -23,9 +23,6 @@ from mnist_lightning import MNISTClassifier, MNISTDataModule
 from mnist_lightning.engine import cli
 from mnist_lightning.engine.console import run_command
 from mnist_lightning.engine.errors import NOISE
-
-SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=8", "--test_after_fit=false"]
-RUN = Path("lightning_logs/version_0")
 
 
 class Subclass(MNISTClassifier):
@@ -142,9 +139,9 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_runs_are_looked_for_where_they_are_written(
-    run_cli: RunCLI, capsys: pytest.CaptureFixture[str], place: str
+    run_cli: RunCLI, short_run: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    assert run_cli("fit", *SHORT, "--model.hidden_dim=7") == 0  # not this one
+    """And not the run that is here."""
     assert run_cli("fit", *SHORT, *PLACES[place]) == 0
     (best,) = Path("there").glob("*/version_0/checkpoints/best.ckpt")
     capsys.readouterr()
@@ -209,14 +206,12 @@ def test_addresses_are_refused_before_anything_is_made(
 
 
 def test_a_machine_without_the_accelerator_says_which_to_give(
-    run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_cli: RunCLI, short_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for accelerator in (CUDAAccelerator, MPSAccelerator):
         monkeypatch.setattr(accelerator, "is_available", lambda: False)
-    assert run_cli("fit", *SHORT) == 0
-    config = RUN / "config.yaml"
+    config = short_run / "config.yaml"
     config.write_text(config.read_text().replace("accelerator: cpu", "accelerator: gpu"))  # it was trained on one
-    capsys.readouterr()
     resumed = ["--ckpt_path=last", "--trainer.max_epochs=2"]
     for arguments in (["--trainer.accelerator=gpu"], ["--trainer.accelerator=cuda"], resumed):
         assert run_cli("fit", *arguments) == 2

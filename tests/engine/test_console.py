@@ -15,13 +15,11 @@ from types import ModuleType
 import process_state
 import pytest
 import torch
-from conftest import VAL_SIZE, RunCLI
+from conftest import SHORT, VAL_SIZE, RunCLI
 from PIL import Image
 
 from mnist_lightning.engine.console import JobError, Stopped, UsageError, command_line, run_command, say
 from mnist_lightning.engine.runs import CheckpointError
-
-SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=8", "--test_after_fit=false"]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import process_state
 import pytest
 import torch
-from conftest import SILENT, fork
+from conftest import SILENT, Fork
 from engine.test_loop import Foreign, classifier, digits, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def a_life_elsewhere(directory: Path, dies_at: int | None) -> None:
     torch.save(a_life(directory, trainer_class, dies_at), directory / "weights")
 
 
-def test_engine_in_another_project(tmp_path: Path) -> None:
+def test_engine_in_another_project(tmp_path: Path, fork: Fork) -> None:
     """Copied, it trains there, is killed, goes on, and ends as Lightning's Trainer does."""
     shutil.copytree(PACKAGE / "engine", tmp_path / "other" / "engine", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "other" / "__init__.py").touch()

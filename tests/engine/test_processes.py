@@ -20,7 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import RunCLI, Start, assert_the_same, fork, newest_run, poll, slow, small, wait_for
+from conftest import Fork, RunCLI, Start, assert_the_same, newest_run, poll, slow, small, wait_for
 from engine.test_loop import Foreign, differences, loader
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -227,7 +227,7 @@ def fit_in_process(directory: Path, rank: int, port: int, trainer_class: Any, ck
 
 
 @pytest.fixture
-def fit_all() -> Iterator[FitAll]:
+def fit_all(fork: Fork) -> Iterator[FitAll]:
     """Fit in two processes; return what each of them left."""
     started: list[BaseProcess] = []
 

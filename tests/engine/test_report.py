@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RunCLI, events, results, steps
+from conftest import RUN, RunCLI, events, results, steps
 from engine.test_loop import Foreign, fit, loader
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lightning import MNISTClassifier, Trainer
 from mnist_lightning.engine.report import Report
-
-RUN = Path("lightning_logs/version_0")
 
 
 class OtherNames(MNISTClassifier):

@@ -9,14 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from conftest import RunCLI, events
+from conftest import RUN, SHORT, RunCLI, events
 from torch import Tensor
 
 from mnist_lightning import MNISTClassifier
 from mnist_lightning.engine.tensorboard import RunLogger
-
-SHORT = ["--trainer.max_epochs=1", "--model.hidden_dim=8", "--test_after_fit=false"]
-RUN = Path("lightning_logs/version_0")
 
 
 @pytest.mark.parametrize("kind", ["a file", "a dangling link"])
@@ -42,8 +39,7 @@ def test_runs_that_start_at_once_get_directories_of_their_own(tmp_path: Path) ->
     assert len(list((tmp_path / "runs").iterdir())) == 8
 
 
-def test_a_run_that_has_not_begun_leaves_nothing(run_cli: RunCLI, tmp_path: Path) -> None:
-    assert run_cli("fit", *SHORT) == 0
+def test_a_run_that_has_not_begun_leaves_nothing(run_cli: RunCLI, short_run: Path, tmp_path: Path) -> None:
     assert run_cli("fit", *SHORT, "--trainer.limit_train_batches=0.01") == 2
     assert run_cli("fit", "--trainer.fast_dev_run=true") == 0
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]

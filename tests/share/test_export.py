@@ -1,6 +1,5 @@
-import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,57 +7,48 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import RunCLI
+from onnxruntime import InferenceSession
 from torch import Tensor
 
 from mnist_lightning.commands import _network
 from mnist_lightning.model import MLP
 from mnist_lightning.share.export import INPUT, ExportError, export
 
-
-@pytest.fixture
-def trained(run_cli: RunCLI, tmp_path: Path) -> Path:
-    assert run_cli("fit", "--trainer.max_epochs=1", "--model.hidden_dim=17", "--test_after_fit=false") == 0
-    return tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt"
+Read = tuple[dict[str, str], Callable[[Tensor], Tensor]]
 
 
-READERS = {
-    "onnx": "import onnxruntime; s = onnxruntime.InferenceSession(path); "
-    "read = lambda x: s.run(None, {'images': x.numpy()})[0].tolist(); "
-    "notes = s.get_modelmeta().custom_metadata_map",
-    "safetensors": "import safetensors; f = safetensors.safe_open(path, 'pt'); notes = f.metadata(); "
-    "w = {k: f.get_tensor(k) for k in f.keys()}; "
-    "read = lambda x: ((x @ w['hidden.weight'].T + w['hidden.bias']).relu() @ w['output.weight'].T"
-    " + w['output.bias']).tolist()",
-}
+def onnx(path: Path) -> Read:
+    session = InferenceSession(path)
+    notes: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    return notes, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def test_the_files_read_as_the_network_does(
-    trained: Path, run_cli: RunCLI, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = {"onnx": "mnist.onnx", "safetensors": "a"}
-    # In a process of its own, which knows nothing of this program.
-    code = "import json, torch\n"
-    for form, name in names.items():
-        capsys.readouterr()
-        path = [] if name.startswith("mnist") else [f"--output={name}"]
-        data = ["--data.dataset=synthetic", f"--data.root={root}"]
-        assert run_cli("export", f"--format={form}", *path, *data, data=False) == 0
-        out = capsys.readouterr().out
-        assert f"\nNetwork: {name}, 0.1 MB, trained on synthetic digits (not MNIST), 11 iterations\n" in out
-        assert "Read back: the logits of 230 test digits" in out
-        code += f"path = {name!r}; {READERS[form]}; torch.manual_seed(0)\n"
-        code += "print(json.dumps([notes, *(read(torch.rand(n, 784)) for n in (1, 7))]))\n"
+def tensors(path: Path) -> Read:
+    with safetensors.safe_open(path, "pt") as file:
+        notes, w = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert notes["format"] == "pt"  # which other readers ask for
+    hidden, output = ((w[f"{layer}.weight"].T, w[f"{layer}.bias"]) for layer in ("hidden", "output"))
+    return notes, lambda images: (images @ hidden[0] + hidden[1]).relu() @ output[0] + output[1]
 
-    output = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
-    mlp, _ = _network(str(trained), "lightning_logs")
-    for form, line in zip(names, output.splitlines()[-2:], strict=True):
-        notes, *logits = json.loads(line)
-        assert form == "onnx" or notes["format"] == "pt"  # which other readers ask for
-        assert notes["input"] == INPUT
-        assert notes["trained_on"] == "synthetic digits (not MNIST), 11 iterations"
-        torch.manual_seed(0)
-        for size, rows in zip((1, 7), logits, strict=True):
-            torch.testing.assert_close(torch.tensor(rows), mlp(torch.rand(size, 784)), atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize(("form", "path", "read"), [("onnx", None, onnx), ("safetensors", "a", tensors)])
+def test_the_file_reads_as_the_network_does(
+    short_run: Path, run_cli: RunCLI, root: Path, capsys: pytest.CaptureFixture[str],
+    form: str, path: str | None, read: Callable[[Path], Read],
+) -> None:  # fmt: skip
+    """By another library, and as its notes say."""
+    data = ["--data.dataset=synthetic", f"--data.root={root}"]
+    given = [f"--output={path}"] if path else []
+    assert run_cli("export", f"--format={form}", *given, *data, data=False) == 0
+    path, out = path or f"mnist.{form}", capsys.readouterr().out
+    assert f"\nNetwork: {path}, 0.1 MB, trained on synthetic digits (not MNIST), 11 iterations\n" in out
+    assert "Read back: the logits of 230 test digits" in out
+    notes, logits = read(Path(path))
+    assert notes["input"] == INPUT
+    assert notes["trained_on"] == "synthetic digits (not MNIST), 11 iterations"
+    mlp, _ = _network("best", "lightning_logs")
+    for images in (torch.rand(1, 784), torch.rand(7, 784)):
+        torch.testing.assert_close(logits(images), mlp(images), atol=1e-4, rtol=0)
 
 
 def test_a_file_that_reads_differently_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +80,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_demo_writes_the_page(
-    trained: Path, run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_run: Path, run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_cli("demo", data=False) == 0
     out = capsys.readouterr().out
@@ -98,7 +88,7 @@ def test_demo_writes_the_page(
     assert "trained on synthetic digits (not MNIST), 11 iterations" in out
     assert "synthetic digits (not MNIST), 11 iterations" in (tmp_path / "demo.html").read_text()
     # A checkpoint that was trained without a data module.
-    checkpoint = torch.load(trained)
+    checkpoint = torch.load(short_run / "checkpoints/best.ckpt")
     del checkpoint["datamodule_hyper_parameters"]
     torch.save(checkpoint, tmp_path / "a.ckpt")
     assert run_cli("demo", "--ckpt_path=a.ckpt", "--output=mine.html", data=False) == 0
