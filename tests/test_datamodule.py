@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jsonargparse
 import pytest
 import torch
 from conftest import SMALL, VAL_SIZE, prepare
@@ -84,14 +83,6 @@ def test_splits_real_mnist_as_the_tutorial_does(mnist_root: str) -> None:
     assert [len(labels) for _, labels in data.val_dataloader()] == [1000] * 5
     assert len(data.test_dataloader()) == 10
     assert data.dataset_name == "MNIST"
-
-
-@pytest.mark.parametrize("setting", ["batch_size=0", "val_size=0"])
-def test_settings_out_of_range_are_refused(setting: str) -> None:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(MNISTDataModule)
-    with pytest.raises(jsonargparse.ArgumentError, match=setting.partition("=")[0]):
-        parser.parse_args([f"--{setting}"])
 
 
 def test_hyperparameters_are_plain_and_do_not_say_where_the_files_lie(root: Path) -> None:

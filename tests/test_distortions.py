@@ -7,7 +7,6 @@ from conftest import prepare
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from mnist_lightning.datamodule import MNISTDataModule
 from mnist_lightning.digits import plots
 from mnist_lightning.distortions import Distortions
 from mnist_lightning.engine.data import uniform_noise
@@ -109,21 +108,6 @@ def test_no_images_are_no_error() -> None:
 def test_strengths_out_of_range_are_refused(strength: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"distortions.{next(iter(strength))} must be"):
         Distortions(**strength)
-
-
-def test_only_training_images_are_distorted(root: Path) -> None:
-    plain, distorted = (
-        MNISTDataModule("synthetic", str(root), val_size=200, distortions=distortions) for distortions in (False, True)
-    )
-    for data in (plain, distorted):
-        data.prepare_data()
-        data.setup("fit")
-    for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):
-        for (a, _), (b, _) in zip(getattr(plain, loader)(), getattr(distorted, loader)(), strict=True):
-            assert torch.equal(a, b)
-    for (a, labels), (b, same) in zip(plain.train_dataloader(), distorted.train_dataloader(), strict=True):
-        assert torch.equal(labels, same)
-        assert 0.02 < (a - b).abs().mean() < 0.5
 
 
 def test_the_figure_puts_copies_beside_their_originals(images: Tensor) -> None:

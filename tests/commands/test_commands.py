@@ -17,6 +17,7 @@ PICTURE = ROOT / ".github/assets/misclassified.png"
 WRONG = {
     "fit --data.val_size=60000": "data.val_size must be 1 to 1,249 of the training file, not 60,000",
     "fit --data.val_size=-1": "data.val_size: Not of type PositiveInt: -1",
+    "fit --data.batch_size=0": "data.batch_size: Not of type PositiveInt: 0",
     "fit --data.seed=5": 'Linked "data.seed" must be given via "seed_everything"',
     "fit --data.distortions.scale=2": "distortions.scale must be below 1, not 2",
     "fit --data.batch_sizes=3": "there is no setting data.batch_sizes; did you mean data.batch_size?",
@@ -49,6 +50,7 @@ WRONG = {
     "fit --ckpt_path=last": "ckpt_path: there is no last.ckpt of any run in lightning_logs yet",
     "test --ckpt_path=nowhere.ckpt": "ckpt_path: there is no checkpoint nowhere.ckpt",
     f"test --ckpt_path={ROOT / 'README.md'}": "README.md is damaged or no checkpoint",
+    "test --ckpt_path=auto": "ckpt_path: there is no checkpoint auto",
     "validate": "ckpt_path: which weights? Give `best` or `last` of the newest run, or a path",
     "-c a.yaml": "the command comes first, and its settings after it: fit -c",
     "--seed_everything 3 fit": "the command comes first, and its settings after it: fit --seed_everything",

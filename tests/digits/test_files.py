@@ -22,7 +22,7 @@ from digits.test_idx import pack, rename
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from mnist_lightning.digits import disk, files, synthetic
+from mnist_lightning.digits import disk, files
 from mnist_lightning.digits.files import UnreachableError
 from mnist_lightning.digits.idx import DataError
 
@@ -112,12 +112,6 @@ def serve(gzipped: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterato
         server.server_close()
 
 
-def test_valid_files_are_not_downloaded_again(fake_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_download", lambda *_: pytest.fail("downloads"))
-    for dataset in ("auto", "mnist"):
-        assert prepare(dataset, fake_mnist).hparams["dataset"] == "mnist"
-
-
 def test_without_network_auto_falls_back_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = prepare("auto", tmp_path)
     assert data.hparams["dataset"] == "synthetic"
@@ -169,11 +163,6 @@ def test_a_whole_stand_in_is_only_read(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files, "TemporaryDirectory", None)
     monkeypatch.setattr(disk, "locked", None)
     assert files.get("synthetic", root) == root / "synthetic" / "raw"
-
-
-def test_the_stand_in_is_made_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "make", lambda directory: pytest.fail("makes them again"))
-    prepare("synthetic", root)
 
 
 def test_damaged_synthetic_digits_are_made_again(root: Path, tmp_path: Path) -> None:
@@ -308,13 +297,14 @@ def rename_raw(fake: Path) -> None:
     rename(fake / "MNIST/raw")
 
 
-@pytest.mark.parametrize("change", [to_root, rename_raw])
-def test_mnist_is_found_in_other_layouts(
-    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+@pytest.mark.parametrize("change", [lambda fake: None, to_root, rename_raw])
+@pytest.mark.parametrize("dataset", ["auto", "mnist"])
+def test_mnist_is_found_in_any_layout(
+    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], dataset: str
 ) -> None:
     change(fake_mnist)
     monkeypatch.setattr(files, "_download", lambda *_: pytest.fail("downloads"))
-    data = prepare("auto", fake_mnist)
+    data = prepare(dataset, fake_mnist)
     assert (data.dataset_name, data.hparams["dataset"]) == ("MNIST", "mnist")
     assert "fingerprint" not in data.hparams
 

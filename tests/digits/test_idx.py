@@ -161,13 +161,6 @@ def test_what_is_wrong_is_named_by_file_and_place(
         prepare("files", own)
 
 
-def test_more_validation_images_than_there_are_is_a_wrong_setting(
-    own: Path, run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli("fit", "--data.dataset=files", f"--data.root={own}", "--data.val_size=1250", data=False) == 2
-    assert "val_size must be 1 to 1,249 of the training file, not 1,250" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("damage", [lambda c: c[:-9], lambda c: b"<html>", lambda c: c[:50] + b"\xff" * 9 + c[59:]])
 def test_a_damaged_gzipped_file_is_named(own: Path, damage: Callable[[bytes], bytes]) -> None:
     pack(own)

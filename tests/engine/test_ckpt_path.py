@@ -121,8 +121,3 @@ def test_auto_resumes_the_run_with_the_same_model_data_and_seed(
     assert (short_run / "unfinished").exists() is not is_resumed
     assert load(short_run)["global_step"] == (22 if "max_epochs" in setting else 11)
     assert short_run.with_name("version_1").exists() is (not is_resumed and "root_dir" not in setting)
-
-
-def test_auto_is_for_fit(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("test", "--ckpt_path=auto") == 2
-    assert capsys.readouterr().err == "mnist_lightning: ckpt_path: there is no checkpoint auto\n"
