@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import contextlib
 import errno
 import fcntl
+import functools
 import io
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,6 +79,14 @@ def _parsers_are_made_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CLI, "setup_parser", setup_parser)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _packages_are_looked_through_once() -> Iterator[None]:
+    """For callbacks that come with them, which takes most of the time of making a Trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
         yield
 
 
