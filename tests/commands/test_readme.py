@@ -119,7 +119,7 @@ def test_the_script_trains_tests_and_resumes(
 def test_the_engines_example_resumes_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = compile(block("BoringModel", ENGINE).replace("20_000", "2_000"), "exact.py", "exec")
+    example = compile(block("BoringModel", ENGINE).replace("20_000", "1_500"), "exact.py", "exec")
     training_step = BoringModel.training_step
 
     def dies(module: BoringModel, batch: Any, batch_idx: int) -> Any:

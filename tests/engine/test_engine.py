@@ -92,7 +92,7 @@ def test_engine_in_another_project(tmp_path: Path, fork: Fork) -> None:
 
 def test_no_trainer_is_kept(root: Path) -> None:
     alive = []
-    for fused in [False, True] * 10:
+    for fused in [False, True] * 4:
         trainer = Trainer(max_epochs=1, enable_checkpointing=False, **NOTHING)
         trainer.fit(classifier(fused=fused), datamodule=digits(root))
         alive.append(weakref.ref(trainer))

@@ -311,7 +311,7 @@ def test_processes_that_would_not_work_together_are_refused(
     assert Path("lightning_logs").exists() == (not message)
 
 
-@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"])
+@pytest.mark.parametrize("variable", ["RANK", slow("LOCAL_RANK"), "SLURM_PROCID", slow("JSM_NAMESPACE_RANK")])
 def test_a_single_process_is_the_first_whatever_another_jobs_variables_say(
     run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
 ) -> None:
