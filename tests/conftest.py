@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -42,6 +43,9 @@ SILENT: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable
 """Settings of a Trainer that logs and shows nothing."""
 VAL_SIZE = 200  # leaves 1,050 training digits: 11 minibatches of 100, the last one of 50
 
+# The event files of one second are numbered so that their names sort, as those of processes that take longer do.
+EVENT_FILES = event_file_writer.AtomicCounter(100_000)
+
 RunCLI = Callable[..., int]
 Start = Callable[..., BaseProcess]
 Fork: TypeAlias = ForkServerContext
@@ -58,8 +62,7 @@ def _each_test_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "SIZES", SMALL)
     # Nothing listens on port 9 of this machine: a download fails at once.
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    # The event files of one second are numbered so that their names sort, as those of processes that take longer do.
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
+    monkeypatch.setattr(event_file_writer, "_global_uid", EVENT_FILES)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -86,7 +89,7 @@ def _parsers_are_made_once() -> Iterator[None]:
 def _packages_are_looked_through_once() -> Iterator[None]:
     """For callbacks that come with them, which takes most of the time of making a Trainer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        patch.setattr(registry, "entry_points", functools.cache(entry_points))
         yield
 
 

@@ -86,27 +86,6 @@ def test_learns(data: MNISTDataModule) -> None:
     assert trainer.callback_metrics["val/acc"] > 0.8
 
 
-def test_one_cycle_rises_and_falls_along_cosines(data: MNISTDataModule) -> None:
-    rates: list[float] = []
-
-    class Spied(MNISTClassifier):
-        def configure_optimizers(self) -> Any:
-            configured: Any = super().configure_optimizers()
-            configured["optimizer"].register_step_post_hook(
-                lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
-            )
-            return configured
-
-    train(data, Spied(20, learning_rate=0.01, **ONE_CYCLE), max_epochs=4)
-    rises = 0.3 * 44 - 1
-    for iteration, rate in enumerate(rates):
-        up = iteration <= rises
-        done = iteration / rises if up else (iteration - rises) / (43 - rises)
-        begin, end = (0.01 / 25, 0.01) if up else (0.01, 0.01 / 25 / 1e4)
-        assert rate == pytest.approx(end + (begin - end) * (1 + math.cos(math.pi * done)) / 2)
-    assert len(rates) == 44
-
-
 @pytest.mark.parametrize(
     ("limits", "iterations"),
     [

@@ -4,7 +4,7 @@
     python tests/benchmarks/memory.py --root data --images 2000000 --to big  # and on distorted digits, 0.8 kB an image
 
 It starts `fit` as a command and looks at it every 20 ms. Anonymous memory (`RssAnon` of Linux) counts no pages of
-files, which processes share; `Pss_File` shares them out. What importing torch and Lightning takes is taken off.
+files, which processes share. What importing torch and Lightning takes is taken off.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def make(data: MNISTDataModule, directory: Path, images: int) -> None:
             of_labels.write(labels[index].numpy().tobytes())
 
 
-def anonymous(process: int | str = "self") -> float:
-    """MB of memory that belong to a process alone, where the system is Linux: mapped files are not counted."""
+def anonymous(process: int) -> float:
+    """MB of memory that belongs to a process alone, where the system is Linux: mapped files are not counted."""
     with contextlib.suppress(OSError), Path(f"/proc/{process}/status").open() as lines:
         return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0)
     return float("nan")
@@ -63,36 +63,25 @@ def imports() -> float:
     return memory
 
 
-def fit(settings: list[str], processes: int = 1) -> tuple[float, float, float, list[float]]:
-    """Seconds until it trains, ms an iteration, MB of anonymous memory at most, and shares of mapped files, MB."""
+def fit(settings: list[str]) -> tuple[float, float, float]:
+    """Seconds until it trains, ms an iteration, and MB of anonymous memory at most."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "mnist_lightning", "fit", f"--trainer.default_root_dir={directory}", *settings]
         command += ["--test_after_fit=false", "--trainer.limit_val_batches=0", "--data.val_size=5000"]
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         began = time.perf_counter()
-        runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(processes)]
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         peak, points = 0.0, []
-        shares: list[float] = []
-        assert runs[0].stdout
-        os.set_blocking(runs[0].stdout.fileno(), False)
-        while runs[0].poll() is None:
-            peak = max(peak, anonymous(runs[0].pid))
-            line = runs[0].stdout.readline()
+        assert run.stdout
+        os.set_blocking(run.stdout.fileno(), False)
+        while run.poll() is None:
+            peak = max(peak, anonymous(run.pid))
+            line = run.stdout.readline()
             if line.startswith("iter "):
                 points.append((int(line.split()[1].rstrip(":")), time.perf_counter()))
-                with contextlib.suppress(OSError):  # one that has just ended
-                    shares = [share(run.pid) for run in runs]
             time.sleep(0.02)
-        for run in runs:
-            run.wait()
     (first, then), (last, now) = points[0], points[-1]
-    return then - began, 1000 * (now - then) / (last - first), peak, shares
-
-
-def share(pid: int) -> float:
-    """MB of mapped files, a page of two processes counted half in each."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss_File"))
+    return then - began, 1000 * (now - then) / (last - first), peak
 
 
 def main() -> None:
@@ -117,11 +106,8 @@ def main() -> None:
     print(f"Importing torch and Lightning: {base:.0f} MB\n")
     print("| `fit` on | s until iteration 100 | ms an iteration | MB above the imports |\n" + "| --- " * 4 + "|")
     for name, settings in rows.items():
-        start, iteration, peak, _ = fit(settings)
+        start, iteration, peak = fit(settings)
         print(f"| {name} | {start:.1f} | {iteration:.2f} | {peak - base:.0f} |", flush=True)
-    for processes in (1, 2):
-        *_, shares = fit(large if options.images else rows["MNIST"], processes)
-        print(f"\nMapped files of {processes} at once: {' and '.join(f'{mb:,.0f}' for mb in shares)} MB")
 
 
 if __name__ == "__main__":

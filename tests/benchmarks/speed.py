@@ -9,7 +9,7 @@
 
 All contestants train on the same 55,000 images with the same recipe, each on one thread in a process of its own. They
 take turns, an epoch each, so that a machine that gets slower gets slower for all. Then each reads the test set, so that
-nobody is fast by doing less. The last column is the anonymous memory after training above that from before it.
+nobody is fast by doing less.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from memory import anonymous
 from parts import parts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -197,18 +196,14 @@ def contest(
     data.prepare_data()
     data.setup("fit")
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
-        before = anonymous()
-        accuracy = contestant(Turns(pipe, options.epochs), data, **settings)
-        pipe.send((accuracy, anonymous() - before))
+        pipe.send(contestant(Turns(pipe, options.epochs), data, **settings))
         # Until the main process ends: even ending would be work in another's turn.
         with contextlib.suppress(EOFError):
             pipe.recv()
 
 
-def in_turns(
-    contestants: Contestants, options: argparse.Namespace
-) -> tuple[dict[str, list[float]], dict[str, tuple[float, float]]]:
-    """Let each run an epoch in turn; return their seconds of each epoch, their accuracies and MB of memory."""
+def in_turns(contestants: Contestants, options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Let each run an epoch in turn; return their seconds of each epoch, and their accuracies."""
     spawn = multiprocessing.get_context("spawn")
     pipes = {}
     for name, (contestant, settings) in contestants.items():
@@ -248,13 +243,12 @@ def compare(options: argparse.Namespace) -> None:
     }
     if options.dataset == "mnist":  # which torchvision reads
         contestants["Lightning as documented"] = lightning_as_documented, {}
-    seconds, found = in_turns(contestants, options)
-    print("\n| | seconds an epoch | of the reference | test accuracy | MB of memory |\n| --- | --- | --- | --- | --- |")
+    seconds, accuracies = in_turns(contestants, options)
+    print("\n| | seconds an epoch | of the reference | test accuracy |\n| --- | --- | --- | --- |")
     base, *_ = seconds.values()
     for name, values in seconds.items():
-        accuracy, memory = found[name]
         times = f"{statistics.median(values[1:]):.2f} | {ratio(values, base):.2f}"
-        print(f"| {name} | {times} | {accuracy:.2%} | {memory:.0f} |")
+        print(f"| {name} | {times} | {accuracies[name]:.2%} |")
 
 
 def steps(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import RUN, SHORT, RunCLI, assert_the_same, load, newest_run
+from conftest import SHORT, RunCLI, load, newest_run
 
 from mnist_lightning import MNISTDataModule
 
@@ -52,14 +52,6 @@ def test_own_files_need_their_place(
     err = capsys.readouterr().err
     assert "data/train-images-idx3-ubyte is missing" in err
     assert err.count("\n") == 1
-
-
-def test_a_resumed_run_has_the_settings_of_its_config(run_cli: RunCLI) -> None:
-    settings = ["--model.learning_rate=0.01", "--data.batch_size=70", "--trainer.log_every_n_steps=3", *SHORT]
-    assert run_cli("fit", *settings, "--trainer.max_epochs=4") == 0
-    assert run_cli("fit", *settings, "--trainer.max_epochs=2") == 0
-    assert run_cli("fit", "--ckpt_path=last", "--trainer.max_epochs=4") == 0
-    assert_the_same(RUN, RUN.with_name("version_1"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from conftest import SHORT, VAL_SIZE, RunCLI
 from PIL import Image
 
-from mnist_lightning.engine.console import JobError, Stopped, UsageError, command_line, run_command, say
+from mnist_lightning.engine.console import JobError, Stopped, UsageError, command_line, run_command
 from mnist_lightning.engine.runs import CheckpointError
 
 
@@ -157,13 +157,6 @@ def test_commands_leave_the_process_as_it_was(run_cli: RunCLI, monkeypatch: pyte
 
 
 # Lines
-
-
-def test_a_console_that_lacks_a_character_gets_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(sys, "stdout", out)
-    say("données")
-    assert out.buffer.getvalue() == b"donn?es\n"
 
 
 @pytest.mark.parametrize("kind", ["none", "closed"])
