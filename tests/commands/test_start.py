@@ -64,10 +64,10 @@ def test_what_is_written_twice_is_the_same() -> None:
 
 
 def test_runs_as_a_module_from_a_fresh_process(root: Path, tmp_path: Path) -> None:
-    """Where a notebook has set a backend of Matplotlib that is not here."""
+    """Where a notebook has set a backend of Matplotlib that this version does not know."""
     small = ["--data.dataset=synthetic", f"--data.root={root}", "--data.val_size=200", "--trainer.max_epochs=1"]
     command = [sys.executable, "-m", "mnist_lightning", "fit", *small]
-    environment = os.environ | {"MPLBACKEND": "module://nowhere.backend_inline"}
+    environment = os.environ | {"MPLBACKEND": "inlined"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     # The manifest says which files are whole, so this process takes the small ones for the real stand-in.
     assert (done.returncode, done.stderr) == (0, "")
