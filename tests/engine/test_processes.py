@@ -293,7 +293,6 @@ def test_the_first_process_decides_which_checkpoint_is_the_best(tmp_path: Path, 
         (torchrun(0, 2, 1), [], "2 processes were started, but trainer.devices times trainer.num_nodes is 1"),
         (torchrun(0, 4, 1), ["--trainer.devices=2"], "does not match the world size (4)"),
         (slurm(0, 4, 1), [], ""),  # a script that asked for several tasks may run one process
-        ({}, ["--trainer.devices=2", "--trainer.strategy=ddp_spawn"], "for several processes, give ddp"),
     ],
 )
 def test_processes_that_would_not_work_together_are_refused(
