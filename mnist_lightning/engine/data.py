@@ -36,8 +36,7 @@ def uniform_noise(length: int, draws: int, seed: int, device: torch.device | str
 class DeviceLoader:
     """Cuts inputs and targets into minibatches where they are: no worker processes, no copies between devices.
 
-    The last minibatch of an epoch is smaller where `batch_size` does not divide the number of examples. A checkpoint
-    keeps how far into its epoch the loader is, and a run that is resumed goes on there.
+    The last minibatch of an epoch is smaller where `batch_size` does not divide the number of examples.
 
     Args:
         inputs: (N, ...) tensor. Pixels in uint8 are handed out as float32 in [0, 1]: the same numbers in a quarter of
@@ -82,8 +81,6 @@ class DeviceLoader:
         self.world_size = world_size
         self.epoch = 0
         self.loss_weight = 1.0
-        self._done = 0  # minibatches of the epoch
-        self._resume_at = {"epoch": 0, "done": 0}
         if shuffle_seed is not None:
             # Before each epoch Lightning calls `loader.sampler.set_epoch(epoch)`; a loader that keeps its order has no
             # sampler, or Lightning would warn of shuffling where `overfit_batches` forbids it.
@@ -93,25 +90,14 @@ class DeviceLoader:
         """Choose the epoch, counted from 0, whose order the next iteration follows."""
         self.epoch = epoch
 
-    def state_dict(self) -> dict[str, int]:
-        """How far into its epoch the loader is, for Lightning's checkpoints."""
-        return {"epoch": self.epoch, "done": self._done}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next iteration go on where the loader of the checkpoint was, if it is of the same epoch."""
-        self._resume_at = {"epoch": state_dict["epoch"], "done": state_dict["done"]}
-
     def __len__(self) -> int:
         """Number of minibatches in an epoch."""
         return ceil(len(self.targets) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `(inputs, targets)`, a minibatch at a time."""
-        resume, self._resume_at = self._resume_at, {"epoch": 0, "done": 0}
-        self._done = resume["done"] if resume["epoch"] == self.epoch else 0
         order, seeds = self._order()
-        minibatches = order.to(self.targets.device).split(self.batch_size)
-        for minibatch, seed in zip(minibatches[self._done :], seeds[self._done :], strict=True):
+        for minibatch, seed in zip(order.to(self.targets.device).split(self.batch_size), seeds, strict=True):
             part = self._part(minibatch)
             inputs, targets = self.inputs.index_select(0, part), self.targets.index_select(0, part)
             inputs = inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs
@@ -120,7 +106,6 @@ class DeviceLoader:
                 # Drawn for the whole minibatch, so that several processes see what one would.
                 noise = uniform_noise(len(minibatch), self.augmentation.draws, seed, inputs.device)
                 inputs = self.augmentation(inputs, self._part(noise))
-            self._done += 1
             yield inputs, targets
 
     def _order(self) -> tuple[Tensor, list[int]]:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, Union, get_args
 
@@ -18,7 +19,6 @@ from .hooks import StepWithoutHooks
 from .processes import DDP
 from .resumption import CheckpointConnector, FitLoop
 
-MAX_WITHOUT_HOOKS = 1000  # iterations in a row
 REFRESH_AFTER = 0.1  # seconds, where there is a progress bar
 
 
@@ -78,6 +78,12 @@ class EpochLoop(_TrainingEpochLoop):
         """Run an epoch."""
         with hooks.without_search_for_gpus():
             super().run(data_fetcher)
+
+    def reset(self) -> None:
+        """Lightning's, without its warning that a loader without a state cannot be resumed: `FitLoop` does that."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*dataloader is not resumable")
+            super().reset()
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """Begin an epoch, or go on within one."""
@@ -169,7 +175,7 @@ class EpochLoop(_TrainingEpochLoop):
             self._warning_cache.info(f"Hooks run in every iteration: {why}")
         if why or self.automatic_optimization._skip_backward:
             return 0
-        due = [MAX_WITHOUT_HOOKS, trainer.num_training_batches - done]
+        due = [trainer.num_training_batches - done]
         due += [every - step % every for every in map(hooks.hooks_every_n_steps, trainer.callbacks) if every]
         if self.max_steps >= 0:
             due.append(self.max_steps - step)

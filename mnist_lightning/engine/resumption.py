@@ -116,11 +116,13 @@ class FitLoop(_FitLoop):
         batches = self._data_fetcher
         assert batches
         is_stateful = any(hasattr(loader, "load_state_dict") for loader in batches.combined_loader.flattened)
+        now, done = self._states(), self.epoch_loop.batch_progress.current.ready
         loaded, self._loaded = self._loaded or {}, None
+        if done and not loaded:  # of Lightning's Trainer, or of fewer processes: what was drawn before is not known
+            loaded = dict.fromkeys(("before_epoch", "before_batch", "now"), now)
         if self.restarting or loaded.get("before_epoch"):  # not between two epochs
             batches.combined_loader._load_state_dicts(self._combined_loader_states_to_load)
             self._combined_loader_states_to_load = []
-        now = self._states()
         made_from = loaded.get("before_epoch") or now
         # The first one was made before Lightning told the sampler its epoch: its issue 21938.
         if is_stateful or (loaded and self.trainer.current_epoch > 0):
@@ -130,7 +132,7 @@ class FitLoop(_FitLoop):
         self.before_epoch, self.before_batch = made_from, loaded.get("before_batch")
         if self.before_batch:
             self._restore_states(self.before_batch)
-            self._skip(batches, self.epoch_loop.batch_progress.current.ready)
+            self._skip(batches, done)
             self._restore_states(loaded["now"])
         elif loaded:
             self._restore_states(now if loaded["before_epoch"] else self._after_iter)

@@ -1,6 +1,5 @@
-"""Minibatches cut from tensors: order, parts, augmentation, where a loader goes on; and the data module."""
+"""Minibatches cut from tensors: order, parts, augmentation; and the data module."""
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +110,9 @@ class Jitter:
         return inputs + noise
 
 
-def augmented(number: int = 0, done: int = 0, seed: int = 1, **kwargs: Any) -> list[Tensor]:
+def augmented(number: int = 0, seed: int = 1, **kwargs: Any) -> list[Tensor]:
     """The inputs of an epoch, a tensor of each minibatch."""
     jittered = loader(shuffle_seed=seed, augmentation=Jitter(), **kwargs)
-    jittered.load_state_dict({"epoch": number, "done": done})
     jittered.set_epoch(number)
     minibatches = list(jittered)
     assert all(0 < (inputs - targets[:, None]).abs().max() <= 1 for inputs, targets in minibatches)
@@ -130,12 +128,6 @@ def test_an_augmentation_gets_other_noise_for_each_example_epoch_and_seed() -> N
     assert not torch.equal(*by_seed)
 
 
-@pytest.mark.parametrize("done", [0, 1, 6, 9, 10])
-def test_augmented_inputs_are_the_same_wherever_an_epoch_is_resumed(done: int) -> None:
-    torch.rand(10)
-    assert_same(augmented(2, done), augmented(2)[done:])
-
-
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_what_is_augmented(world_size: int) -> None:
     parts = [augmented(rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -146,31 +138,6 @@ def test_processes_share_what_is_augmented(world_size: int) -> None:
 def test_an_augmentation_needs_a_seed() -> None:
     with pytest.raises(ValueError, match="shuffle_seed"):
         loader(augmentation=Jitter())
-
-
-@pytest.mark.parametrize("augmentation", [None, Jitter()])
-@pytest.mark.parametrize("done", [0, 4, 11])
-def test_goes_on_in_mid_epoch_by_its_state(augmentation: Jitter | None, done: int) -> None:
-    def make() -> DeviceLoader:
-        return loader(shuffle_seed=1, augmentation=augmentation)
-
-    first, whole = make(), make()
-    for each in (first, whole):
-        each.set_epoch(3)
-    begun = [inputs for inputs, _ in islice(first, done)]
-    second = make()
-    second.load_state_dict(first.state_dict())
-    second.set_epoch(3)
-    assert_same(begun + [inputs for inputs, _ in second], [inputs for inputs, _ in whole])
-    assert len(list(second)) == 11  # only once
-
-
-def test_a_state_of_another_epoch_counts_for_nothing() -> None:
-    first, second = loader(shuffle_seed=1), loader(shuffle_seed=1)
-    list(islice(first, 4))
-    second.load_state_dict(first.state_dict())
-    assert_same(epoch(second, 1), epoch(loader(shuffle_seed=1), 1))
-    assert len(epoch(second, 0)) == 11
 
 
 # The data module

@@ -377,7 +377,7 @@ def test_a_lost_process_ends_the_run_and_another_number_goes_on(
     tmp_path: Path, root: Path, start: Start, start_all: StartAll, before: int, after: int, killed: int
 ) -> None:
     one, several = tmp_path / "one", tmp_path / "several"
-    settings = [*small(root), *UNEVEN, "--data.batch_size=200", AUTO]  # 3 do not divide it
+    settings = [*small(root), *UNEVEN, "--data.batch_size=200", "--checkpoint_every=2", AUTO]  # 3 do not divide it
     settings += ["--trainer.log_every_n_steps=4", "--trainer.precision=64-true", "--test_after_fit=false"]
     runs = start_all(several, [*settings, "--trainer.max_epochs=1000"], before)
     wait_for(several, "lightning_logs/*/checkpoints/best.ckpt")
