@@ -40,7 +40,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if not all(isinstance(count, int) for count in progress(checkpoint)):
             raise TypeError("epochs and iterations must be whole numbers")
-        for name in ("hyper_parameters", "datamodule_hyper_parameters"):
+        for name in ("hyper_parameters", "datamodule_hyper_parameters", "settings"):
             if not isinstance(checkpoint.setdefault(name, {}), dict):
                 raise TypeError(f"{name} must be a dictionary")
     except Exception as error:  # whatever plain values may lead to that are in the wrong place

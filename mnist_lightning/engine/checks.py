@@ -1,7 +1,6 @@
 """Checks of a run: that losses are finite, that no other process trains it, and that it can be resumed exactly."""
 
 from collections.abc import Mapping
-from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,14 +13,12 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from .console import JobError
+from .data import DeviceDataModule
 from .processes import all_gather_object
 from .runs import CheckpointError, RunLock, run_directory
 
 # What PyTorch's fused optimizers write to, without a look at its size.
 KERNELS_WRITE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
-
-# What the state of PyTorch's schedules holds beside settings and names with an underscore; rates are the optimizer's.
-SCHEDULE_CHANGES = {"base_lrs", "last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"}
 
 
 class NotFiniteError(JobError, FloatingPointError):
@@ -37,17 +34,17 @@ class Checks(pl.Callback):
 
     Raises:
         JobError: Another process trains in the directory.
-        MisconfigurationException: The processes found different checkpoints; or the checkpoint has another number of
-            iterations in an epoch or in the schedule of the learning rate, or another optimizer.
+        MisconfigurationException: The processes found different checkpoints; or the checkpoint was trained with another
+            optimizer, schedule of the learning rate, number of iterations in an epoch, or other data.
     """
 
     def __init__(self, lock: RunLock, ckpt_path: str = "") -> None:
         self.lock, self.ckpt_path = lock, ckpt_path
-        self._checkpoint: dict[str, Any] = {}
+        self._checkpoint: dict[str, Any] = {}  # the one that is resumed
+        self._settings: dict[str, str] = {}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["iterations_per_epoch"] = trainer.num_training_batches
-        checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        checkpoint["settings"] = self._settings
         checkpoint["stopped_early"] = trainer.should_stop and early_stopping(trainer) is not None
 
     def on_load_checkpoint(self, trainer: pl.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
@@ -61,27 +58,35 @@ class Checks(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if run := run_directory(trainer):
             self.lock.acquire(run)
+        self._require_same({"the optimizer": _class_names(trainer.optimizers)}, "optimizer")
+        self._require_same(_schedule_settings(trainer), "schedule, max_epochs and max_steps")
+        self._require_same(_data_settings(trainer), "data")
         if self._checkpoint:
-            _check_schedules(trainer, self._checkpoint)
             _check_optimizers(trainer, self._checkpoint)
             # Else Lightning would train another epoch before it asks again.
             if self._checkpoint.get("stopped_early") and early_stopping(trainer):
                 trainer.should_stop = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        then, now = self._checkpoint.get("iterations_per_epoch"), trainer.num_training_batches
+        iterations = {"the number of iterations in an epoch": str(trainer.num_training_batches)}
+        self._require_same(iterations, "trainer.limit_train_batches")
         self._checkpoint = {}
-        if then not in (None, now):
-            raise MisconfigurationException(
-                f"an epoch has {now} iterations, but the checkpoint was trained with {then}; give the same "
-                "trainer.limit_train_batches to resume it"
-            )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if trainer.fit_loop.restarted_mid_epoch and any(isinstance(c, StochasticWeightAveraging) for c in callbacks):
             # It restores its schedule as an epoch starts, which this one did before the checkpoint.
             raise MisconfigurationException(
                 "StochasticWeightAveraging cannot be resumed in mid-epoch; resume a checkpoint of an epoch's end"
             )
+
+    def _require_same(self, settings: dict[str, str], give: str) -> None:
+        """Keep settings for checkpoints, and refuse to resume one that was trained with others."""
+        self._settings |= settings
+        for name, now in settings.items():
+            then = self._checkpoint.get("settings", {}).get(name, now)
+            if then != now:
+                raise MisconfigurationException(
+                    f"{name} is {now}, but the checkpoint was trained with {then}; give the same {give} to resume it"
+                )
 
 
 class FiniteLosses(pl.Callback):
@@ -128,28 +133,30 @@ def why_done(trainer: pl.Trainer, epochs: int, iteration: int) -> str:
     return ""
 
 
-def _check_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Refuse a schedule of the learning rate with other settings than the checkpoint's, such as another length.
+def _data_settings(trainer: pl.Trainer) -> dict[str, str]:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, DeviceDataModule):
+        return {}  # only its author knows which of its settings decide what the data are
+    settings = {f"data.{name}": str(value) for name, value in data.hparams.items()}
+    if "data.fingerprint" in settings:  # it identifies them, whatever they are called
+        del settings["data.dataset_name"]
+    return settings
 
-    Raises:
-        MisconfigurationException: One has.
-    """
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        return  # it puts its own in the place of ours
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    for ours, theirs in zip_longest(schedulers, checkpoint.get("lr_schedulers", [])):
-        # Of another class than PyTorch's nobody knows which part of the state is a setting.
-        if ours and theirs and type(ours).__module__ != lr_scheduler.__name__:
-            continue
-        now, then = ours.state_dict() if ours else {}, theirs or {}
-        for name in sorted(
-            (now.keys() | then.keys()) - SCHEDULE_CHANGES, key=lambda name: (name != "total_steps", name)
-        ):
-            if not name.startswith("_") and now.get(name) != then.get(name):
-                raise MisconfigurationException(
-                    f"the schedule of the learning rate has {name} {now.get(name)}, that of the checkpoint "
-                    f"{then.get(name)}; give the same schedule, max_epochs and max_steps to resume it"
-                )
+
+def _schedule_settings(trainer: pl.Trainer) -> dict[str, str]:
+    """The schedules' states before the first iteration: without rates, which are the optimizer's, all are settings."""
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    settings = {"the schedule of the learning rate": _class_names(schedules)}
+    for i, schedule in enumerate(schedules):
+        # Of another class than PyTorch's nobody knows what its state holds.
+        state = schedule.state_dict() if type(schedule).__module__ == lr_scheduler.__name__ else {}
+        names = [name for name in state if name != "base_lrs" and not name.startswith("_")]
+        settings |= {f"lr_schedulers[{i}].{name}": str(state[name]) for name in names}
+    return settings
+
+
+def _class_names(objects: list[Any]) -> str:
+    return ", ".join(type(each).__name__ for each in objects) or "none"
 
 
 def _check_optimizers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -157,14 +164,7 @@ def _check_optimizers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 
     Raises:
         CheckpointError: One does not.
-        MisconfigurationException: The checkpoint is of another optimizer.
     """
-    ours, theirs = [type(optimizer).__name__ for optimizer in trainer.optimizers], checkpoint.get("optimizers")
-    if theirs not in (None, ours):
-        raise MisconfigurationException(
-            f"the optimizer is {', '.join(ours)}, but the checkpoint was trained with {', '.join(map(str, theirs))}; "
-            "give the same to resume it"
-        )
     try:
         for optimizer, saved in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -2,17 +2,14 @@
 
 from collections.abc import Iterator
 from math import ceil
-from typing import Any, Protocol
+from typing import Protocol
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BatchSizeFinder
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
-from .checkpoint_file import plain_values
 from .console import JobError
 
 
@@ -130,10 +127,10 @@ class DeviceLoader:
 
 
 class DeviceDataModule(pl.LightningDataModule):
-    """A data module whose loaders take minibatches on the Trainer's device, and which refuses to resume on other data.
+    """A data module whose loaders take minibatches on the Trainer's device.
 
-    `save_hyperparameters` says what the data is: a run is resumed only where all of it is the same. Where there is a
-    `fingerprint`, it identifies the data, and their `dataset_name` may differ.
+    `save_hyperparameters` says what the data are: the commands resume a run only where all of it is the same. Where
+    there is a `fingerprint`, it identifies the data, and their `dataset_name` may differ.
     """
 
     def loader(
@@ -161,31 +158,6 @@ class DeviceDataModule(pl.LightningDataModule):
                 inputs, targets = (_to_device(tensor, trainer.strategy.root_device) for tensor in (inputs, targets))
             share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         return DeviceLoader(inputs, targets, batch_size, shuffle_seed=shuffle_seed, augmentation=augmentation, **share)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The hyperparameters, which have to be the same for a checkpoint to go on as if nothing had happened."""
-        settings: dict[str, Any] = plain_values(self.hparams, "data")
-        return settings
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume on other data than the checkpoint was trained with.
-
-        Raises:
-            MisconfigurationException: A setting differs; the message names it.
-        """
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        # The finder of a batch size restores what it saved before it tried others.
-        if any(isinstance(callback, BatchSizeFinder) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            return
-        ours = self.state_dict()
-        if "fingerprint" in ours and "fingerprint" in state_dict:
-            ours.pop("dataset_name", None)
-        for name, value in ours.items():
-            if (then := state_dict.get(name)) != value:
-                raise MisconfigurationException(
-                    f"data.{name} is {value}, but the checkpoint was trained with {then}; give the same to resume it"
-                )
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

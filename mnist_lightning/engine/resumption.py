@@ -34,6 +34,14 @@ class CheckpointConnector(_CheckpointConnector):
             checkpoint["random_states"] = all_gather_object(self.trainer, fit_loop.random_states())
         return checkpoint
 
+    def restore(self, *args: Any, **kwargs: Any) -> None:
+        """Load what a tuner of Lightning's has saved. It is no run to resume, and callbacks had no part in it."""
+        trainer: Any = self.trainer
+        ckpt_path = self._ckpt_path
+        callbacks, trainer.callbacks = trainer.callbacks, []
+        super().restore(*args, **kwargs)
+        trainer.callbacks, self._ckpt_path = callbacks, ckpt_path
+
     def restore_model(self) -> None:
         """Load the weights in the Trainer's precision: converted to it after, they would be rounded before."""
         plugin = self.trainer.precision_plugin

@@ -1,5 +1,6 @@
 """What cannot be resumed exactly is refused in one line, and so is a checkpoint whose values are in the wrong place."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import RunCLI
+from conftest import RunCLI, load
 from engine.test_loop import Foreign, Settings, differences, fit, loader
 from engine.test_resumption import every, resume, saver
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -57,7 +58,8 @@ class Cosine(Foreign):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs or 1)]
 
 
-SCHEDULE = "the schedule of the learning rate has"
+SCHEDULE = "the schedule of the learning rate is"
+STEPS = re.escape("lr_schedulers[0].total_steps")
 
 
 @pytest.mark.parametrize(
@@ -66,10 +68,10 @@ SCHEDULE = "the schedule of the learning rate has"
         (Foreign, UsesSGD, "the optimizer is SGD, but the checkpoint was trained with Adam; give the same"),
         (UsesSGD, Foreign, "the optimizer is Adam, but the checkpoint was trained with SGD"),
         (Foreign, TwoOptimizers, "the optimizer is Adam, SGD, but the checkpoint was trained with Adam"),
-        (Foreign, OneCycle, f"{SCHEDULE} total_steps 33, that of the checkpoint None; give the same"),
-        (OneCycle, Foreign, f"{SCHEDULE} total_steps None, that of the checkpoint 22"),
-        (OneCycle, OneCycle, f"{SCHEDULE} total_steps 33, that of the checkpoint 22"),
-        (Cosine, Cosine, f"{SCHEDULE} T_max 3, that of the checkpoint 2"),
+        (Foreign, OneCycle, f"{SCHEDULE} OneCycleLR, but the checkpoint was trained with none; give the same"),
+        (OneCycle, Foreign, f"{SCHEDULE} none, but the checkpoint was trained with OneCycleLR"),
+        (OneCycle, OneCycle, f"{STEPS} is 33, but the checkpoint was trained with 22; give the same schedule, max_ep"),
+        (Cosine, Cosine, "T_max is 3, but the checkpoint was trained with 2"),
     ],
 )
 def test_another_run_is_refused(first: Any, second: Any, message: str, tmp_path: Path) -> None:
@@ -92,6 +94,13 @@ def test_averaging_of_epochs_is_resumed_between_epochs_only(tmp_path: Path) -> N
                 resume(*resuming)
         elif "epoch=3" not in file.name:
             assert differences(whole.module.state_dict(), resume(*resuming).module.state_dict()) == [], file
+
+
+def test_a_run_is_resumed_with_the_batch_size_that_lightnings_finder_has_found(run_cli: RunCLI) -> None:
+    finder = ["--trainer.callbacks+=BatchSizeFinder", "--trainer.callbacks.init_val=64"]
+    assert run_cli("fit", "--trainer.max_epochs=1", *finder, "--trainer.callbacks.max_trials=2") == 0
+    assert load(Path("lightning_logs/version_0"))["datamodule_hyper_parameters"]["batch_size"] > 100
+    assert run_cli("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
 
 
 # Values in the wrong place
@@ -134,9 +143,9 @@ CHANGES: list[tuple[Callable[[Checkpoint], Any], str]] = [
     (lambda c: c.update(optimizer_states=[{}]), "param_groups"),
     (lambda c: c.update(optimizer_states=[]), "is not of this program"),
     (lambda c: c["optimizer_states"].append(c["optimizer_states"][0]), "is not of this program"),
-    (lambda c: c.update(optimizers=["\x1b[2J"]), "trained with ?[2J"),
-    (lambda c: c.update(lr_schedulers=[{"total_steps": "\x1b[2J"}]), "checkpoint ?[2J"),
-    (lambda c: c.update(iterations_per_epoch=12), "was trained with 12"),
+    (lambda c: c.update(settings=3), "settings must be a dictionary"),
+    (lambda c: c["settings"].update({"the optimizer": "\x1b[2J"}), "trained with ?[2J"),
+    (lambda c: c["settings"].update({"the number of iterations in an epoch": 12}), "was trained with 12"),
     (lambda c: c.update(random_states=3), "cannot be loaded"),
     (lambda c: c["random_states"][0]["now"].update(torch=b"123"), "cannot be loaded"),
     (lambda c: c["random_states"][0].pop("before_epoch"), "cannot be loaded"),

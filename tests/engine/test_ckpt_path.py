@@ -62,7 +62,7 @@ def test_own_files_need_their_place(
         ("--data.batch_size=50", "data.batch_size is 50, but the checkpoint was trained with 100"),
         ("--data.val_size=300", "data.val_size is 300, but the checkpoint was trained with 200"),
         ("--data.distortions=true", "data.distortions is {"),
-        ("--trainer.limit_train_batches=5", "an epoch has 5 iterations, but the checkpoint was trained with 11"),
+        ("--trainer.limit_train_batches=5", "iterations in an epoch is 5, but the checkpoint was trained with 11"),
         ("--seed_everything=3", "data.seed is 3, but the checkpoint was trained with 0"),
     ],
 )

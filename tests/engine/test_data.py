@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import SILENT
 from engine.test_loop import classifier, digits
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from mnist_lightning import Trainer
@@ -156,14 +155,3 @@ def test_overfitting_repeats_the_same_minibatches(distortions: bool, root: Path)
     images, labels = map(torch.cat, zip(*batches, strict=True))
     assert torch.equal(images, data.train[0][:300].float().div(255).repeat(2, 1))
     assert torch.equal(labels, data.train[1][:300].long().repeat(2))
-
-
-def test_a_run_is_not_resumed_on_other_data(root: Path, tmp_path: Path) -> None:
-    trainer, saved = Trainer(max_epochs=1, **NOTHING), tmp_path / "saved.ckpt"
-    trainer.fit(classifier(), datamodule=digits(root))
-    trainer.save_checkpoint(saved)
-    other = digits(root, batch_size=70)
-    with pytest.raises(MisconfigurationException, match=r"data\.batch_size is 70.* with 100"):
-        Trainer(max_epochs=2, **NOTHING).fit(classifier(), datamodule=other, ckpt_path=saved, weights_only=True)
-    (tested,) = Trainer(**NOTHING).test(classifier(), datamodule=other, ckpt_path=saved, weights_only=True)
-    assert tested["test/acc"] > 0
