@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mnist_lightning.classifier import MNISTClassifier
 from mnist_lightning.digits import interpretation, plots
 from mnist_lightning.digits.examples import FIRST, Examples
+from mnist_lightning.digits.plots import Figure
 from mnist_lightning.engine.console import say_if_it_fails
 from mnist_lightning.model import CLASSES, MLP, PIXELS, SIDE
 

@@ -3,15 +3,25 @@
 All margins are given: Matplotlib's layout engines would draw each figure twice.
 """
 
+import io
 import math
 from collections.abc import Sequence
 
+import matplotlib.figure
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mnist_lightning.model import SIDE
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that notebooks show without `pyplot`."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
 
 
 def as_pictures(images: Tensor) -> Tensor:

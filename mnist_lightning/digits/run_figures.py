@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from mnist_lightning.digits import plots
 from mnist_lightning.digits.examples import DRAWN, Examples
+from mnist_lightning.digits.plots import Figure
 from mnist_lightning.engine.console import say_if_it_fails
 from mnist_lightning.engine.data import uniform_noise
 from mnist_lightning.engine.report import report

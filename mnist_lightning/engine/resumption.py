@@ -20,8 +20,6 @@ from .processes import all_gather_object
 
 States = dict[str, Any]
 
-SAMPLERS = ("sampler", "batch_sampler")
-
 
 class CheckpointConnector(_CheckpointConnector):
     """Lightning's making and loading of checkpoints, which also keep random states, those of each process."""
@@ -36,11 +34,10 @@ class CheckpointConnector(_CheckpointConnector):
 
     def restore(self, *args: Any, **kwargs: Any) -> None:
         """Load what a tuner of Lightning's has saved. It is no run to resume, and callbacks had no part in it."""
-        trainer: Any = self.trainer
-        ckpt_path = self._ckpt_path
-        callbacks, trainer.callbacks = trainer.callbacks, []
+        ckpt_path, callbacks = self._ckpt_path, self.trainer.callbacks  # type: ignore[attr-defined]
+        self.trainer.callbacks = []  # type: ignore[attr-defined]
         super().restore(*args, **kwargs)
-        trainer.callbacks, self._ckpt_path = callbacks, ckpt_path
+        self._ckpt_path, self.trainer.callbacks = ckpt_path, callbacks  # type: ignore[attr-defined]
 
     def restore_model(self) -> None:
         """Load the weights in the Trainer's precision: converted to it after, they would be rounded before."""
@@ -210,7 +207,8 @@ class FitLoop(_FitLoop):
     def _generators(self) -> list[torch.Generator]:
         """The loaders' own random number generators."""
         loaders = [] if self._combined_loader is None else self._combined_loader.flattened
-        parts = [part for each in loaders for part in (each, *(getattr(each, name, None) for name in SAMPLERS))]
+        names = ("sampler", "batch_sampler")
+        parts = [part for each in loaders for part in (each, *(getattr(each, name, None) for name in names))]
         parts += [getattr(part, "sampler", None) for part in parts]
         found = {id(generator): generator for part in parts if (generator := getattr(part, "generator", None))}
         return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
