@@ -52,7 +52,7 @@ class CheckpointConnector(_CheckpointConnector):
         states, rank = self._loaded_checkpoint.get("random_states", []), self.trainer.global_rank
         if self.trainer.state.fn == TrainerFn.FITTING and rank < len(states):
             fit_loop: Any = self.trainer.fit_loop
-            fit_loop.load_random_states(states[rank])
+            fit_loop.loaded = {name: states[rank][name] for name in ("before_epoch", "before_batch", "now")}
 
 
 class FitLoop(_FitLoop):
@@ -64,21 +64,17 @@ class FitLoop(_FitLoop):
     Attributes:
         before_epoch: The states from which the loader's iterator was made; None between two epochs.
         before_batch: Those from which its first batch was taken; None before that.
+        loaded: Those of a checkpoint, until they are due: the two above, and `now`, at the checkpoint.
     """
 
     before_epoch: States | None = None
     before_batch: States | None = None
     _after_iter: States | None = None
-    _loaded: dict[str, States | None] | None = None
-    """Of a checkpoint, until they are due: `before_epoch`, `before_batch`, and `now`, at the checkpoint."""
+    loaded: dict[str, States | None] | None = None
 
     def random_states(self) -> dict[str, States | None]:
         """What a checkpoint keeps for this process."""
         return {"before_epoch": self.before_epoch, "before_batch": self.before_batch, "now": self._states()}
-
-    def load_random_states(self, states: dict[str, States | None]) -> None:
-        """Take over what `random_states` gave to a checkpoint."""
-        self._loaded = {name: states[name] for name in ("before_epoch", "before_batch", "now")}
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         """Load Lightning's state; an epoch that `max_steps` or a callback has ended early goes on."""
@@ -95,8 +91,8 @@ class FitLoop(_FitLoop):
     def setup_data(self) -> None:
         """Make the loader's first iterator from the states of a checkpoint, if there is one."""
         loader = self._combined_loader
-        if self._loaded and loader is None:
-            self._restore_states(self._loaded["before_epoch"] or self._loaded["now"])
+        if self.loaded and loader is None:
+            self._restore_states(self.loaded["before_epoch"] or self.loaded["now"])
         states = self._states()
         super().setup_data()
         if self._combined_loader is not loader:
@@ -105,11 +101,11 @@ class FitLoop(_FitLoop):
     def on_advance_start(self) -> None:
         """Restore the states of a checkpoint from before the epoch's first batch: the epoch's first hook may draw."""
         loop = self.epoch_loop
-        if self._loaded and loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
+        if self.loaded and loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
             # Saved in an epoch's last iteration: Lightning goes on with the next epoch, without this one's validation.
-            self._loaded = {"before_epoch": None, "before_batch": None, "now": self._loaded["now"]}
-        if self._loaded and self._loaded["before_batch"] is None:
-            self._restore_states(self._loaded["now"])
+            self.loaded = {"before_epoch": None, "before_batch": None, "now": self.loaded["now"]}
+        if self.loaded and self.loaded["before_batch"] is None:
+            self._restore_states(self.loaded["now"])
         super().on_advance_start()
 
     def restore_loader(self) -> None:
@@ -122,7 +118,7 @@ class FitLoop(_FitLoop):
         assert batches
         is_stateful = any(hasattr(loader, "load_state_dict") for loader in batches.combined_loader.flattened)
         now, done = self._states(), self.epoch_loop.batch_progress.current.ready
-        loaded, self._loaded = self._loaded or {}, None
+        loaded, self.loaded = self.loaded or {}, None
         if done and not loaded:  # of Lightning's Trainer, or of fewer processes: what was drawn before is not known
             loaded = dict.fromkeys(("before_epoch", "before_batch", "now"), now)
         if self.restarting or loaded.get("before_epoch"):  # not between two epochs
@@ -179,7 +175,7 @@ class FitLoop(_FitLoop):
 
     def teardown(self) -> None:
         """Forget a checkpoint's states that no epoch has taken: they are not for the next fit."""
-        self._loaded = None
+        self.loaded = None
         super().teardown()
 
     def _iteration_based_training(self) -> bool:
