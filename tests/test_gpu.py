@@ -34,8 +34,8 @@ NOTHING = SILENT | {"enable_checkpointing": False, "num_sanity_val_steps": 0}
 GPU = "--trainer.accelerator=gpu"
 LAUNCHES_AND_WAITS = {
     "without hooks, 5": (30, 0),
-    # Logged, with the command's callbacks: Lightning waits 6 times, Report 6, the learning rate 3, FiniteLosses once.
-    "mnist_lightning, 5": (40, 16),
+    # Logged, with the command's callbacks: Lightning waits 6 times, Report 4, the learning rate 3, FiniteLosses once.
+    "mnist_lightning, 5": (40, 14),
     "lightning, 4": (35, 2),
     "lightning, 5": (35, 6),  # logged, without callbacks
 }
