@@ -81,7 +81,8 @@ def plain_values(value: Any, name: str) -> Any:
     Raises:
         CheckpointError: There is no equal plain value.
     """
-    if isinstance(value, Tensor | bytes | torch.device | torch.dtype | None):
+    # The exact types first: random states are thousands of numbers.
+    if type(value) in (bool, int, float, str) or isinstance(value, Tensor | bytes | torch.device | torch.dtype | None):
         return value
     if isinstance(value, Enum):
         return plain_values(value.value, name)
