@@ -1,7 +1,7 @@
 """`python -m mnist_lightning`: the command line. Lightning, whose import takes seconds, is imported where it trains."""
 
 from mnist_lightning.commands import commands_for
-from mnist_lightning.engine.console import run_command
+from mnist_lightning.engine.console import exit_early, run_command
 
 
 def main(module: type | None = None, datamodule: type | None = None) -> int:
@@ -28,4 +28,4 @@ def main(module: type | None = None, datamodule: type | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_early(main)

@@ -1,5 +1,6 @@
 """What a command says, and how it ends: lines, errors in one line, exit codes. It starts without PyTorch."""
 
+import atexit
 import contextlib
 import gc
 import os
@@ -66,6 +67,23 @@ def run_command(train: Callable[[], None], commands: Mapping[str, Command], desc
             os.environ.clear()
             os.environ.update(environment)
             gc.set_threshold(*thresholds)
+
+
+def exit_early(main: Callable[[], int]) -> None:
+    """Run a whole program, and exit as soon as all exit functions have run.
+
+    Python would free each object first: 1.9 s after a `fit`, 1.5 s after an import of Lightning alone.
+    """
+    code = 1  # after a traceback
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # it is missing, or nobody reads it any more
+                stream.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # before all others, and so run after them
+    code = main()
 
 
 def _opened(stream: TextIO | None) -> TextIO:

@@ -205,3 +205,21 @@ def test_the_reader_of_the_output_may_leave(root: Path, tmp_path: Path, argument
     done = subprocess.run(pipe, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(("ends", "code"), [("return 3", 3), ("raise OSError('a bug')", 1)])
+def test_a_program_exits_early_after_its_exit_functions(ends: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import atexit\n"
+        "from mnist_lightning.engine.console import exit_early\n"
+        "class Freed:\n"
+        "    def __del__(self): print('freed')\n"
+        "def main():\n"
+        "    atexit.register(print, 'an exit function', end='')\n"
+        "    globals()['kept'] = Freed()\n"
+        f"    {ends}\n"
+        "exit_early(main)\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "an exit function")
+    assert ("OSError: a bug" in done.stderr) is (code == 1)
