@@ -34,10 +34,10 @@ class CheckpointConnector(_CheckpointConnector):
 
     def restore(self, *args: Any, **kwargs: Any) -> None:
         """Load what a tuner of Lightning's has saved. It is no run to resume, and callbacks had no part in it."""
-        ckpt_path, callbacks = self._ckpt_path, self.trainer.callbacks  # type: ignore[attr-defined]
-        self.trainer.callbacks = []  # type: ignore[attr-defined]
+        ckpt_path, self.restore_callbacks = self._ckpt_path, lambda: None  # type: ignore[method-assign]
         super().restore(*args, **kwargs)
-        self._ckpt_path, self.trainer.callbacks = ckpt_path, callbacks  # type: ignore[attr-defined]
+        del self.restore_callbacks
+        self._ckpt_path = ckpt_path
 
     def restore_model(self) -> None:
         """Load the weights in the Trainer's precision: converted to it after, they would be rounded before."""
