@@ -116,8 +116,9 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Set the number of threads, and give the checkpoint to the Trainer."""
         config = self.config[self.subcommand]
-        if (callback := config.trainer.callbacks) and not isinstance(callback, list):
-            config.trainer.callbacks = [callback]  # else jsonargparse would not say where a bug in making it is
+        for name in ("callbacks", "plugins"):
+            if (one := config.trainer[name]) and not isinstance(one, list):
+                config.trainer[name] = [one]  # else jsonargparse would not say where a bug in making it is
         given = config.trainer.logger
         for logger in given if isinstance(given, list) else [given]:
             if getattr(logger, "class_path", "").endswith(".TensorBoardLogger"):
@@ -141,9 +142,7 @@ class CLI(LightningCLI):
                 log_graph=not self.resumed_run,
                 default_hp_metric=False,
             )
-        given, plugins = (
-            part if isinstance(part, list) else [part] if part else [] for part in (config.callbacks, config.plugins)
-        )
+        given, plugins = config.callbacks or [], config.plugins or []
         callbacks = self._callbacks(given, config.enable_checkpointing is not False and not config.fast_dev_run)
         if isinstance(config.strategy, str):  # another one may have a timeout of its own
             callbacks.append(processes.Timeout())
