@@ -17,6 +17,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only  # where Lightning
 
 PROGRAM = __name__.partition(".")[0]
 
+GC_THRESHOLDS = gc.get_threshold()  # which differ by Python's version; a command that imports has others
+
 # Of `LightningCLI`, whose import takes seconds.
 TRAINER_COMMANDS = {
     "fit": "Train and test.",

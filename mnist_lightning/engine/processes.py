@@ -20,7 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .console import PROGRAM, say
+from .console import GC_THRESHOLDS, PROGRAM, say
 from .data import DeviceLoader
 
 # Where launchers put a process's number.
@@ -150,7 +150,7 @@ def process_settings() -> Iterator[None]:
     """Flush denormal numbers to zero. At the end, restore that and the number of threads, and end the process group."""
     threads, flushes = torch.get_num_threads(), not torch.tensor(1e-310, dtype=torch.double).mul(1).item()
     thresholds = gc.get_threshold()
-    gc.set_threshold(700, 10, 10)  # Python's, in place of those for importing: a cycle may hold large tensors
+    gc.set_threshold(*GC_THRESHOLDS)  # in place of those for importing: a cycle may hold large tensors
     # Adam's moments of rarely lit pixels decay into denormal numbers, which a CPU computes many times slower, so that
     # epochs would get slower and slower.
     torch.set_flush_denormal(True)
